@@ -1,0 +1,77 @@
+"""Graph-to-graph passes. They know torch and torch.fx, nothing of configs, files or models."""
+
+from dataclasses import dataclass
+
+from ._graph import META_KEY, Tag, graph_text, module_paths, tag_of
+from ._protocol import (
+    GraphPass,
+    Numerics,
+    PassContractError,
+    PassReport,
+    Rewrite,
+    SiteError,
+    Skip,
+)
+from ._runner import PassRecord, PipelineReport, RunOptions, run_passes
+from .drop_metadata_asserts import DropMetadataAsserts
+from .inline_grad_mode import InlineGradMode
+from .insert_vera import Branch, InsertVera
+from .redirect_parameters import Redirect, RedirectParameters
+from .share_projection import ShareProjection
+from .sites import Site, SiteSearch, Target, find_sites
+
+__all__ = [
+    "META_KEY",
+    "AdaptationPlan",
+    "Branch",
+    "DropMetadataAsserts",
+    "GraphPass",
+    "InlineGradMode",
+    "InsertVera",
+    "Numerics",
+    "PassContractError",
+    "PassRecord",
+    "PassReport",
+    "PipelineReport",
+    "Redirect",
+    "RedirectParameters",
+    "Rewrite",
+    "RunOptions",
+    "ShareProjection",
+    "Site",
+    "SiteError",
+    "SiteSearch",
+    "Skip",
+    "Tag",
+    "Target",
+    "adaptation",
+    "cleanup",
+    "find_sites",
+    "graph_text",
+    "module_paths",
+    "run_passes",
+    "tag_of",
+]
+
+
+def cleanup() -> tuple[GraphPass, ...]:
+    """The passes every captured graph gets, adapted or not. All BITWISE."""
+    return (InlineGradMode(), DropMetadataAsserts())
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptationPlan:
+    """Everything the adapting passes need to know about the active adapters."""
+
+    targets: tuple[Target, ...]
+    branches: tuple[tuple[Branch, ...], ...]
+    redirects: tuple[Redirect, ...] = ()
+
+
+def adaptation(plan: AdaptationPlan) -> tuple[GraphPass, ...]:
+    """The passes that turn a captured graph into an adapted graph, in order."""
+    return (
+        RedirectParameters(plan.redirects),
+        InsertVera(plan.targets, plan.branches),
+        ShareProjection(),
+    )

@@ -1,0 +1,213 @@
+"""Small tools that every pass uses: reading nodes, emitting nodes, printing graphs."""
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+
+META_KEY = "vera_fx"
+"""Nodes made by a pass carry a `Tag` under this key of ``node.meta``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tag:
+    """Where a node comes from: the pass that made it, the site it serves and its role there."""
+
+    made_by: str
+    site: str = ""
+    role: str = ""
+
+
+def tag_of(node: Node) -> Tag | None:
+    """The tag of a node made by a pass, or None for a node of the captured model."""
+    return cast("Tag | None", node.meta.get(META_KEY))
+
+
+def is_call(node: Node, *targets: object) -> bool:
+    """True if ``node`` calls one of ``targets`` (torch operator overloads)."""
+    return node.op == "call_function" and node.target in targets
+
+
+def node_arg(node: Node, index: int) -> Node | None:
+    """Positional argument ``index`` of ``node`` if it is a node."""
+    value = node.args[index] if index < len(node.args) else None
+    return value if isinstance(value, Node) else None
+
+
+def value_of(node: Node) -> Any:
+    """The fake value of ``node``: what it has in shape, dtype and device."""
+    return node.meta["val"]
+
+
+def tensor_of(node: Node) -> Tensor:
+    """The fake tensor of ``node``; only for nodes that hold a tensor."""
+    value = value_of(node)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"node {node.name} holds a {type(value).__name__}, not a tensor")
+    return value
+
+
+def owner_path(node: Node) -> str:
+    """Path of the module whose forward made this call; ``""`` for the model itself.
+
+    torch.export records the stack of modules in ``meta["nn_module_stack"]`` as
+    ``{key: (path, class)}``, outermost first.
+    """
+    stack = cast("dict[str, tuple[str, object]]", node.meta.get("nn_module_stack") or {})
+    return next(reversed(stack.values()))[0] if stack else ""
+
+
+def module_paths(graph: Graph) -> frozenset[str]:
+    """Paths of all modules whose forward ran while ``graph`` was captured."""
+    paths: set[str] = set()
+    for node in graph.nodes:
+        stack = cast("dict[str, tuple[str, object]]", node.meta.get("nn_module_stack") or {})
+        paths.update(path for path, _ in stack.values())
+    return frozenset(paths)
+
+
+def resolve(root: object, target: str) -> Any:
+    """The object that the ``get_attr`` path ``target`` names on ``root``."""
+    for atom in target.split("."):
+        root = getattr(root, atom)
+    return root
+
+
+def emit(
+    gm: GraphModule,
+    target: Callable[..., Any],
+    args: tuple[Any, ...],
+    *,
+    like: Node,
+    tag: Tag,
+) -> Node:
+    """Insert a call at the graph's current insertion point, with true metadata.
+
+    Args:
+        gm: the graph's owner.
+        target: the operator to call.
+        args: its arguments; nodes, constants or nested sequences of them.
+        like: node whose provenance (module stack, source line) the new node inherits.
+        tag: which pass made the node, for which site, in which role.
+    """
+    node = gm.graph.call_function(target, args)
+    fake_args = cast("tuple[Any, ...]", map_arg(args, value_of))
+    with torch.no_grad(), fake_mode_of(like):
+        node.meta["val"] = target(*fake_args)
+    for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
+        if key in like.meta:
+            node.meta[key] = like.meta[key]
+    node.meta[META_KEY] = tag
+    return node
+
+
+def fake_mode_of(node: Node) -> FakeTensorMode:
+    """The fake-tensor mode that the graph was captured in, read off one of its tensors."""
+    value = tensor_of(node)
+    return cast("FakeTensorMode", value.fake_mode)  # type: ignore[attr-defined]
+
+
+def attribute(gm: GraphModule, target: str, *, like: Node, tag: Tag) -> Node:
+    """The ``get_attr`` node for ``target``, made at the top of the graph on first use."""
+    for node in gm.graph.nodes:
+        if node.op == "get_attr" and node.target == target:
+            return node
+    with gm.graph.inserting_before(first_body_node(gm.graph)):
+        node = gm.graph.get_attr(target)
+    real = resolve(gm, target)
+    node.meta["val"] = fake_mode_of(like).from_tensor(real.detach(), static_shapes=True)
+    node.meta[META_KEY] = tag
+    return node
+
+
+def first_body_node(graph: Graph) -> Node:
+    """The first node that is neither a placeholder nor an attribute read."""
+    return next(node for node in graph.nodes if node.op not in {"placeholder", "get_attr"})
+
+
+def replace_uses(old: Node, new: Node, *, keep: Iterable[Node] = ()) -> None:
+    """Let every user of ``old`` read ``new``, but for ``new`` itself and the nodes in ``keep``."""
+    spared = {new, *keep}
+    old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in spared)
+
+
+def written_between(first: Node, last: Node) -> bool:
+    """True if an operator between the two nodes may write to a tensor that they read.
+
+    Conservative: any in-place operator counts, but for those that write to attributes of the
+    model (a batch norm's running statistics), which are no site's input.
+    """
+    node = first.next
+    while node is not last:
+        if any(_storage_root(written).op != "get_attr" for written in _written(node)):
+            return True
+        node = node.next
+    return False
+
+
+def _written(node: Node) -> list[Node]:
+    """The arguments that the operator of ``node`` writes to."""
+    if not isinstance(node.target, OpOverload):
+        return []
+    arguments = zip(node.target._schema.arguments, node.args, strict=False)
+    return [
+        value
+        for argument, value in arguments
+        if isinstance(value, Node) and argument.alias_info is not None and argument.alias_info.is_write
+    ]
+
+
+def _storage_root(node: Node) -> Node:
+    """The node whose storage ``node`` may be a view of, through operators that return views."""
+    while isinstance(node.target, OpOverload):
+        source = node_arg(node, 0)
+        if source is None or not any(result.alias_info for result in node.target._schema.returns):
+            break
+        node = source
+    return node
+
+
+def graph_text(gm: GraphModule) -> str:
+    """The graph as text: operator, operands, dtype and shape of every node, a line each.
+
+    Stable across torch versions (unlike ``gm.code``), so that docstrings can quote it.
+    """
+    return "\n".join(_node_text(node) for node in gm.graph.nodes)
+
+
+def _node_text(node: Node) -> str:
+    if node.op == "output":
+        return f"return {_operand(node.args[0])}"
+    head = f"%{node.name}{_type_text(node.meta.get('val'))} = "
+    if node.op in {"placeholder", "get_attr"}:
+        return f"{head}{'input' if node.op == 'placeholder' else node.target}"
+    operands = [_operand(arg) for arg in node.args]
+    operands += [f"{key}={_operand(arg)}" for key, arg in node.kwargs.items()]
+    return f"{head}{_target_text(node.target)}({', '.join(operands)})"
+
+
+def _target_text(target: object) -> str:
+    text = str(target) if not callable(target) else getattr(target, "__name__", str(target))
+    return re.sub(r"\.(default|Tensor|Scalar)$", "", text)
+
+
+def _operand(arg: object) -> str:
+    if isinstance(arg, Node):
+        return f"%{arg.name}"
+    if isinstance(arg, list | tuple):
+        return f"[{', '.join(_operand(item) for item in cast('list[object]', arg))}]"
+    return str(arg)
+
+
+def _type_text(value: object) -> str:
+    if isinstance(value, Tensor):
+        dtype = re.sub(r"^float|^bfloat", lambda m: "f" if m[0] == "float" else "bf", str(value.dtype)[6:])
+        return f": {dtype}[{', '.join(str(size) for size in value.shape)}]"
+    return "" if value is None else f": {type(value).__name__}"

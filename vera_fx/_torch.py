@@ -1,0 +1,43 @@
+"""The few private corners of torch 2.13 that the library needs, each behind one name."""
+
+import types
+from collections.abc import Callable, Iterable
+from typing import Any, ParamSpec, TypeVar, cast
+
+import torch
+import torch._dynamo
+from torch._C._dynamo.guards import dict_version
+from torch._dynamo.eval_frame import skip_code
+from torch.utils import _pytree as pytree
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+TreeSpec = pytree.TreeSpec
+tree_flatten = pytree.tree_flatten
+tree_unflatten = pytree.tree_unflatten
+tree_map = pytree.tree_map
+register_pytree_node = pytree.register_pytree_node
+
+
+def outside_dynamo(fn: Callable[P, R]) -> Callable[P, R]:
+    """Run ``fn`` and all it calls in plain Python, also while torch.compile is active."""
+    return cast("Callable[P, R]", torch.compiler.disable(fn, reason="vera_fx picks the graph"))
+
+
+def skip_frame(fn: Callable[P, R]) -> Callable[P, R]:
+    """Let torch.compile pass over the frame of ``fn`` itself, but compile what it calls.
+
+    ``torch.compiler.disable(recursive=False)`` means the same, but the stance
+    ``fail_on_recompile`` takes its frame for a recompile (torch 2.13).
+    """
+    skip_code(cast("types.FunctionType", fn).__code__)
+    return fn
+
+
+def stamp(dicts: Iterable[dict[str, Any]]) -> int:
+    """A number that grows whenever any of ``dicts`` changes (a key set to another value).
+
+    Dynamo's own dictionary versions, which are globally unique and only ever increase.
+    """
+    return sum(map(dict_version, dicts))

@@ -1,0 +1,75 @@
+"""Extends a model's class in place: same object, same parameters, another way to run forward."""
+
+import inspect
+from typing import Any, cast
+
+from torch import nn
+
+from vera_fx._torch import skip_frame
+from vera_fx.capture import original_class
+from vera_fx.runtime import bank_of, finish, prepare
+
+_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+class Adapted:
+    """Mixed into the class of an adapted model; ``vera_fx.unload`` takes it out again."""
+
+    _vera_base: type[nn.Module]
+
+    def extra_repr(self) -> str:
+        """One line for ``print(model)``: the adapters, beside the model's own."""
+        model = cast("nn.Module", self)
+        own = self._vera_base.extra_repr(model)
+        return "\n".join(line for line in (own, f"vera_fx: {bank_of(model).extra_repr()}") if line)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # Pickle and deepcopy rebuild the extended class from the original, which is importable.
+        return _rebuild, (self._vera_base,), cast("nn.Module", self).__getstate__()
+
+
+def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
+    """The class of an adapted ``base``: a subclass with the same name and call signature."""
+    if base not in _classes:
+        forward = _forward_for(base)
+        names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
+        # The name stays: transformers looks models up by the name of their class.
+        kind = type(base.__name__, (Adapted, base), {**names, "_vera_base": base, "forward": forward})
+        _classes[base] = cast("type[nn.Module]", kind)
+    return _classes[base]
+
+
+def _forward_for(base: type[nn.Module]) -> Any:
+    """The graph-running forward under the signature of ``base.forward``.
+
+    Only ``__signature__`` is copied: following ``__wrapped__`` would lead accelerate, which unwraps
+    forwards, to the unadapted one.
+    """
+
+    @skip_frame
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        ready, call = prepare(self, args, kwargs)
+        return finish(ready, call, ready.graph(*call.leaves))
+
+    forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
+    forward.__doc__ = base.forward.__doc__
+    return forward
+
+
+def _rebuild(base: type[nn.Module]) -> nn.Module:
+    return cast("nn.Module", object.__new__(adapted_class(base)))
+
+
+def extend(model: nn.Module) -> None:
+    """Give ``model`` the extended class."""
+    model.__class__ = adapted_class(type(model))
+
+
+def restore_class(model: nn.Module) -> None:
+    """Give ``model`` its original class back."""
+    model.__class__ = original_class(model)
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """True if ``model`` has been adapted and not unloaded."""
+    return isinstance(model, Adapted)

@@ -1,0 +1,99 @@
+"""One adapter: vectors for every target, and its own copies of what else it trains."""
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from vera_fx.config import VeraConfig
+
+
+class Vectors(nn.Module):
+    """The trained vectors of one target.
+
+    Attributes:
+        vera_lambda_d: ``(r,)``.
+        vera_lambda_b: ``(out,)``.
+    """
+
+    def __init__(self, lambda_d: Tensor, lambda_b: Tensor) -> None:
+        super().__init__()
+        self.vera_lambda_d = nn.Parameter(lambda_d)
+        self.vera_lambda_b = nn.Parameter(lambda_b)
+
+    def extra_repr(self) -> str:
+        """Sizes for ``print(model)``."""
+        return f"r={self.vera_lambda_d.numel()}, out={self.vera_lambda_b.numel()}"
+
+
+class TrainedBias(nn.Module):
+    """An adapter's own copy of one module's bias, ``(out,)``."""
+
+    def __init__(self, bias: Tensor) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(bias.detach().clone())
+
+
+class Tree(nn.Module):
+    """Modules kept under the paths they serve, so that parameter names read like the model's.
+
+    Attributes:
+        by_path: the modules by path.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_path: dict[str, nn.Module] = {}
+
+    def put(self, path: str, module: nn.Module) -> None:
+        """Hang ``module`` at ``path``, with plain containers for the segments between."""
+        *parents, name = path.split(".")
+        # Through _modules: add_module refuses segments such as "type" that nn.Module defines.
+        children = self._modules
+        for segment in parents:
+            container = children.get(segment) or nn.Module()
+            children[segment] = container
+            children = container._modules
+        children[name] = module
+        self.by_path[path] = module
+
+    def extra_repr(self) -> str:
+        """A count, so that ``print(model)`` stays readable."""
+        return f"{len(self.by_path)} entries"
+
+
+class Adapter(nn.Module):
+    """A named set of vectors, with its own copies of saved modules and trained biases.
+
+    Attributes:
+        config: what it was made from.
+        projections: the key of its projections in the bank.
+        trainable: False for an adapter loaded for inference, which never trains.
+        vectors: `Vectors` by target path.
+        copies: modules trained in full (``modules_to_save``) and `TrainedBias`, by module path.
+    """
+
+    def __init__(self, config: VeraConfig, projections: str, *, trainable: bool = True) -> None:
+        super().__init__()
+        self.config = config
+        self.projections = projections
+        self.trainable = trainable
+        self.vectors = Tree()
+        self.copies = Tree()
+
+    def vectors_at(self, path: str) -> Vectors | None:
+        """The vectors of one target, or None if this adapter has none there."""
+        found = self.vectors.by_path.get(path)
+        return found if isinstance(found, Vectors) else None
+
+    def copied_tensors(self) -> Iterator[tuple[str, str, Tensor]]:
+        """``(module path, tensor name, tensor)`` of everything that replaces a base tensor."""
+        for path, module in self.copies.by_path.items():
+            for named in (module.named_parameters(), module.named_buffers()):
+                yield from ((path, name, tensor) for name, tensor in named)
+
+    def __repr__(self) -> str:
+        count = sum(p.numel() for p in self.parameters())
+        return (
+            f"Adapter(r={self.config.r}, targets={len(self.vectors.by_path)}, "
+            f"copies={len(self.copies.by_path)}, parameters={count:,}, trainable={self.trainable})"
+        )

@@ -1,0 +1,154 @@
+"""Several adapters on one base: add, delete, switch, disable, count."""
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from vera_fx.bank import AdapterBank
+from vera_fx.build import blueprint, build_adapter, draw, install
+from vera_fx.config import VeraConfig
+from vera_fx.errors import AdapterError, ConfigError
+from vera_fx.merging import merge, unmerge
+from vera_fx.names import check_known, check_name
+from vera_fx.runtime import require_adapted
+from vera_fx.targets import resolve_targets
+
+
+def add_adapter(model: nn.Module, name: str, config: VeraConfig | None = None) -> None:
+    """Add another adapter, not active yet. It may differ in rank, seed and targets.
+
+    Args:
+        model: an adapted model.
+        name: the new adapter's name.
+        config: its configuration; None for that of the first adapter.
+
+    Raises:
+        AdapterError: the name cannot be used, or there is no configuration to take over.
+        TargetError: the targets do not fit the model.
+    """
+    bank = require_adapted(model)
+    check_name(name, bank.adapters)
+    config = config or _first_config(bank)
+    if not isinstance(config, VeraConfig):
+        raise ConfigError(f"config must be a vera_fx.VeraConfig, got a {type(config).__name__}")
+    plan = blueprint(model, config, resolve_targets(model, config))
+    adapter = build_adapter(model, plan)
+    vera_A, vera_B = draw(model, plan)
+    adapter.projections = bank.share_projections(vera_A, vera_B, persistent=config.save_projection)
+    install(model, bank, name, adapter)
+    bank.insert(name, adapter, plan.targets)
+    bank.bind()
+
+
+def _first_config(bank: AdapterBank) -> VeraConfig:
+    for name in bank.adapters:
+        return bank.adapter(name).config
+    raise AdapterError("the model has no adapter left whose configuration could be reused; give one")
+
+
+def delete_adapter(model: nn.Module, name: str) -> None:
+    """Delete an adapter. If it was active, the others that are active stay so.
+
+    Raises:
+        AdapterError: there is no such adapter, or it is merged.
+    """
+    bank = require_adapted(model)
+    check_known(name, bank.adapters)
+    if name in bank.merged:
+        raise AdapterError(f"adapter {name!r} is merged into the base; unmerge the model before deleting it")
+    bank.remove(name)
+
+
+def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
+    """Make one adapter active, or several whose branches add up.
+
+    Only active adapters train, and of those only the ones that were not loaded for inference.
+
+    Raises:
+        AdapterError: an unknown name, or two adapters that each bring their own copy of one module.
+    """
+    bank = require_adapted(model)
+    wanted = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
+    for name in wanted:
+        check_known(name, bank.adapters)
+    _check_compatible(bank, wanted)
+    if bank.merged:
+        warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
+        unmerge(model)
+    bank.activate(wanted)
+
+
+def _check_compatible(bank: AdapterBank, names: Sequence[str]) -> None:
+    owner: dict[str, str] = {}
+    for name in names:
+        for path in bank.adapter(name).copies.by_path:
+            if path in owner:
+                raise AdapterError(
+                    f"adapters {owner[path]!r} and {name!r} cannot be active together: each has its own "
+                    f"trained copy of {path!r}"
+                )
+            owner[path] = name
+
+
+def active_adapters(model: nn.Module) -> list[str]:
+    """Names of the active adapters; empty inside `disable_adapters`."""
+    bank = require_adapted(model)
+    return list(bank.active) if bank.enabled else []
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """Names of all adapters, in the order they were added."""
+    return list(require_adapted(model).adapters)
+
+
+@contextlib.contextmanager
+def disable_adapters(model: nn.Module) -> Iterator[None]:
+    """Inside the ``with`` block the model is its plain base; may be nested.
+
+    Merged adapters are taken out of the weights for the block and merged again after it.
+    """
+    bank = require_adapted(model)
+    was_enabled, merged = bank.enabled, bank.merged
+    exact = bool(bank.kept_bases)
+    if merged:
+        unmerge(model)
+    bank.enabled = False
+    bank.bind()
+    try:
+        yield
+    finally:
+        bank.enabled = was_enabled
+        bank.bind()
+        if merged:
+            merge(model, merged, safe=False, keep_base=exact)
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterSummary:
+    """Counts of parameters; ``str()`` is PEFT's line.
+
+    Attributes:
+        trainable: parameters that train now.
+        total: all parameters of the model and its adapters (the projections are no parameters).
+    """
+
+    trainable: int
+    total: int
+
+    def __str__(self) -> str:
+        share = 100 * self.trainable / max(self.total, 1)
+        return (
+            f"trainable params: {self.trainable:,d} || all params: {self.total:,d} || "
+            f"trainable%: {share:.4f}"
+        )
+
+
+def parameter_summary(model: nn.Module) -> ParameterSummary:
+    """Count trainable and all parameters."""
+    parameters = list(model.parameters())
+    return ParameterSummary(
+        sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+    )

@@ -1,0 +1,34 @@
+"""Debugging knobs, read from the environment in this one place.
+
+``VERA_FX_DUMP=dir`` writes every graph before and after each pass; ``VERA_FX_VERIFY=1`` checks each
+pass against its report; ``VERA_FX_PASS_LIMIT=n`` stops after n passes.
+"""
+
+import itertools
+import os
+from pathlib import Path
+
+from vera_fx.errors import ConfigError
+from vera_fx.passes import RunOptions
+
+_numbers = itertools.count()
+
+
+def run_options(stage: str) -> RunOptions:
+    """The options for one run of a pipeline, from the environment.
+
+    Raises:
+        ConfigError: a knob has a value that it cannot have.
+    """
+    dump = os.environ.get("VERA_FX_DUMP")
+    verify = os.environ.get("VERA_FX_VERIFY", "0")
+    limit = os.environ.get("VERA_FX_PASS_LIMIT")
+    if verify not in {"0", "1"}:
+        raise ConfigError(f"VERA_FX_VERIFY must be 0 or 1, got {verify!r}")
+    if limit is not None and not limit.isdecimal():
+        raise ConfigError(f"VERA_FX_PASS_LIMIT must be a number of passes, got {limit!r}")
+    return RunOptions(
+        dump=Path(dump) / f"{next(_numbers):03d}_{stage}" if dump else None,
+        verify=verify == "1",
+        limit=int(limit) if limit is not None else None,
+    )

@@ -1,0 +1,44 @@
+"""What can go wrong, as the library's own exceptions.
+
+Every message says what was asked, what was found and what to do.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class VeraFxError(Exception):
+    """Base of all errors raised by vera_fx."""
+
+
+class ConfigError(VeraFxError, ValueError):
+    """A configuration value that cannot be used."""
+
+
+class TargetError(VeraFxError, ValueError):
+    """The configured targets do not fit the model, or a target cannot be adapted."""
+
+
+class AdapterError(VeraFxError, ValueError):
+    """An adapter name that is unknown, taken or not usable, or a step out of order."""
+
+
+class CaptureError(VeraFxError, RuntimeError):
+    """A call of the model could not be captured as a graph."""
+
+
+class CheckpointError(VeraFxError, ValueError):
+    """Adapter files that are missing, damaged or do not fit the model."""
+
+
+def nearest(word: str, known: Iterable[str], *, limit: int = 3) -> str:
+    """``"; did you mean 'a', 'b'?"`` for the known words closest to ``word``, or nothing."""
+    matches = difflib.get_close_matches(word, list(known), n=limit, cutoff=0.5)
+    return f"; did you mean {', '.join(map(repr, matches))}?" if matches else ""
+
+
+def listing(names: Iterable[str], *, limit: int = 8) -> str:
+    """The names as readable text, cut after ``limit``."""
+    names = [repr(name) for name in names]
+    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + rest if names else "none"

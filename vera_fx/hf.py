@@ -1,0 +1,40 @@
+"""What the library knows of transformers. Nothing here imports it unless the model comes from it."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+
+def is_pretrained(model: nn.Module) -> bool:
+    """True for a transformers ``PreTrainedModel``; never imports transformers."""
+    modeling = sys.modules.get("transformers.modeling_utils")
+    return modeling is not None and isinstance(model, modeling.PreTrainedModel)
+
+
+def register_types(model: nn.Module) -> None:
+    """Make the caches that the model's calls take and return known to torch's pytrees."""
+    if is_pretrained(model):
+        from transformers.exporters.exporter_dynamo import register_cache_pytrees_for_model
+
+        register_cache_pytrees_for_model(model)
+
+
+@contextlib.contextmanager
+def export_patches(model: nn.Module) -> Iterator[None]:
+    """transformers' surroundings for an export: stateful attributes are put aside."""
+    if not is_pretrained(model):
+        yield
+        return
+    from transformers.exporters.exporter_dynamo import reset_model_state
+
+    with reset_model_state(model):
+        yield
+
+
+def base_model_name(model: nn.Module) -> str | None:
+    """Where the model was loaded from, as PEFT writes it into ``adapter_config.json``."""
+    name: Any = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return name or None

@@ -1,0 +1,149 @@
+"""Fold adapters into the base weights and take them out again."""
+
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vera_fx.adapter import Adapter
+from vera_fx.bank import AdapterBank
+from vera_fx.errors import AdapterError, listing
+from vera_fx.names import check_known
+from vera_fx.passes import Target
+from vera_fx.reference import vera_delta
+from vera_fx.runtime import require_adapted
+
+
+def merge(
+    model: nn.Module,
+    names: Sequence[str] | str | None = None,
+    *,
+    safe: bool = True,
+    keep_base: bool = False,
+) -> None:
+    """Add ``diag(b) B diag(d) A`` of each adapter to its targets' weights, in place.
+
+    Afterwards calls run the plain base graph, at the base's speed; active adapters that were not
+    merged go on computing their branches beside it.
+
+    Args:
+        model: an adapted model.
+        names: adapters to merge; None for the active ones.
+        safe: refuse to merge if a result has NaN or infinity, before any weight is changed.
+        keep_base: keep a copy of the weights, so that `unmerge` restores them bit for bit. Without
+            it `unmerge` subtracts, which restores them to rounding.
+
+    Raises:
+        AdapterError: an unknown name, a weight that cannot be merged, or values that are not finite.
+    """
+    bank = require_adapted(model)
+    todo = _to_merge(bank, names)
+    _check_mergeable(bank, todo)
+    if safe:
+        _check_finite(model, bank, todo)
+    for name in todo:
+        if keep_base:
+            bank.kept_bases[name] = {id(w): w.detach().clone() for _, w in _changed(model, bank.adapter(name))}
+        _add(model, bank, bank.adapter(name), sign=1)
+        _swap_copies(model, bank.adapter(name))
+        bank.merged += (name,)
+    bank.bind()
+
+
+def unmerge(model: nn.Module) -> None:
+    """Take every merged adapter out of the base weights again, last merged first.
+
+    Raises:
+        AdapterError: the model is not adapted.
+    """
+    bank = require_adapted(model)
+    for name in reversed(bank.merged):
+        adapter = bank.adapter(name)
+        kept = bank.kept_bases.pop(name, None)
+        if kept is None:
+            _add(model, bank, adapter, sign=-1)
+        else:
+            for _, weight in _changed(model, adapter):
+                weight.data.copy_(kept[id(weight)])
+        _swap_copies(model, adapter)
+    bank.merged = ()
+    bank.bind()
+
+
+def _to_merge(bank: AdapterBank, names: Sequence[str] | str | None) -> list[str]:
+    wanted = bank.active if names is None else (names,) if isinstance(names, str) else tuple(names)
+    for name in wanted:
+        check_known(name, bank.adapters)
+    todo = [name for name in dict.fromkeys(wanted) if name not in bank.merged]
+    if wanted and not todo:
+        warnings.warn("All adapters are already merged, nothing to do.", stacklevel=3)
+    return todo
+
+
+def _check_mergeable(bank: AdapterBank, names: Iterable[str]) -> None:
+    owners: dict[str, str] = {}
+    for name in names:
+        for path in bank.adapter(name).vectors.by_path:
+            target = bank.targets[path]
+            own = {f"{p}.weight" for p in target.paths}
+            others = [weight for weight in target.weights if weight not in own]
+            if others or not target.weights:
+                reason = f"is tied to {listing(others)}" if others else "is computed (parametrised)"
+                raise AdapterError(
+                    f"adapter {name!r} cannot be merged: the weight of {path!r} {reason}, and merging "
+                    "would change that as well; untie it first, or run unmerged"
+                )
+            owners[path] = name
+
+
+def _deltas(model: nn.Module, bank: AdapterBank, adapter: Adapter) -> Iterator[tuple[Tensor, Tensor]]:
+    """``(weight, what the adapter adds to it)``, the latter in the weight's layout."""
+    pair = bank.projections_of(adapter)
+    for path in adapter.vectors.by_path:
+        target, vectors = bank.targets[path], adapter.vectors_at(path)
+        if vectors is None:
+            continue
+        with torch.no_grad():
+            delta = _delta(target, vectors.vera_lambda_d, vectors.vera_lambda_b, pair)
+        yield model.get_submodule(path).weight, delta
+
+
+def _delta(target: Target, d: Tensor, b: Tensor, pair: Any) -> Tensor:
+    delta = vera_delta(pair.vera_A, pair.vera_B, d, b, target.in_features)
+    return delta.T if target.layout == "in_out" else delta
+
+
+def _check_finite(model: nn.Module, bank: AdapterBank, names: Iterable[str]) -> None:
+    totals: dict[int, Tensor] = {}
+    for name in names:
+        for weight, delta in _deltas(model, bank, bank.adapter(name)):
+            total = totals.get(id(weight), weight.detach()) + delta
+            totals[id(weight)] = total.to(weight.dtype)
+            if not torch.isfinite(totals[id(weight)]).all():
+                raise AdapterError(
+                    f"adapter {name!r} cannot be merged: the merged weights would have NaN or infinity; "
+                    "the adapter seems to be broken (merge with safe=False to do it anyway)"
+                )
+
+
+def _changed(model: nn.Module, adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
+    for path in adapter.vectors.by_path:
+        yield path, model.get_submodule(path).weight
+
+
+def _add(model: nn.Module, bank: AdapterBank, adapter: Adapter, *, sign: int) -> None:
+    for weight, delta in _deltas(model, bank, adapter):
+        weight.data.add_(delta.to(weight.device), alpha=sign)
+
+
+def _swap_copies(model: nn.Module, adapter: Adapter) -> None:
+    """Exchange the values of the adapter's copies and the base tensors they stand for."""
+    for path, name, copy in adapter.copied_tensors():
+        base = model.get_submodule(path)
+        for part in name.split("."):
+            base = getattr(base, part)
+        held = base.data.clone()
+        base.data.copy_(copy.data)
+        copy.data.copy_(held)

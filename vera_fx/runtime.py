@@ -1,0 +1,195 @@
+"""Finds the graph for a call: known key, known signature, or a new capture.
+
+Everything here runs in plain Python outside of Dynamo. What torch.compile compiles is the graph
+that `prepare` returns, one code object per signature, so that signatures never compete for one
+compile cache.
+"""
+
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule
+
+from vera_fx._torch import outside_dynamo
+from vera_fx.capture import Capture, capture_call, original_class
+from vera_fx.debug import run_options
+from vera_fx.errors import AdapterError, CaptureError, TargetError
+from vera_fx.hooks import EagerHook
+from vera_fx.passes import PipelineReport, SiteError, adaptation, run_passes
+from vera_fx.returned import restore
+from vera_fx.signature import Call, CallReader
+from vera_fx.targets import BANK
+from vera_fx.watch import StateWatch
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable
+
+    from vera_fx.bank import AdapterBank
+
+
+@dataclass(slots=True)
+class Ready:
+    """A graph that fits one exact call, with what it takes to rebuild the call's result."""
+
+    graph: GraphModule
+    capture: Capture
+
+
+@dataclass(slots=True)
+class Variant:
+    """One capture adapted for one structure of the bank."""
+
+    graph: GraphModule
+    report: PipelineReport
+
+
+class Runtime:
+    """All captured and adapted graphs of one model; never part of its state.
+
+    Attributes:
+        captures: the captures of each signature, newest last.
+    """
+
+    memo_limit = 4096
+
+    def __init__(self, model: nn.Module) -> None:
+        self.reader = CallReader(original_class(model).forward.__get__(model))
+        modules = [m for path, m in model.named_modules() if not path.startswith(BANK)]
+        self.watch = StateWatch(modules, EagerHook)
+        self.captures: dict[Hashable, list[Capture]] = {}
+        self._memo: dict[Hashable, Ready] = {}
+        self._lock = threading.RLock()
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> None:
+        # Graphs belong to one model object; a copy of the model captures its own.
+        return None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+    def ready(self, model: nn.Module, call: Call) -> Ready:
+        """The graph for ``call``, captured and adapted if it is new.
+
+        Raises:
+            CaptureError: the call cannot be captured.
+            TargetError: a target is used in a way that cannot be adapted.
+        """
+        structure = bank_of(model).structure
+        key = (call.key, self.watch.state(), structure, _ambient())
+        found = self._memo.get(key)
+        if found is None:
+            with self._lock:
+                found = self._resolve(model, call)
+                if len(self._memo) >= self.memo_limit:
+                    self._memo.clear()
+                # The state is read again: tracing runs the model's code, which may change it.
+                self._memo[call.key, self.watch.state(), structure, _ambient()] = found
+        return found
+
+    def _resolve(self, model: nn.Module, call: Call) -> Ready:
+        signature = (call.structure(), self.watch.state(), _ambient())
+        for capture in reversed(self.captures.get(signature, [])):
+            if capture.guards.admit(call.leaves):
+                return self._adapted(model, capture)
+        forward = original_class(model).forward
+        capture = capture_call(model, forward, self.reader, call)
+        if not capture.guards.admit(call.leaves):
+            raise CaptureError(
+                f"the graph captured from this call of {type(model).__name__} does not admit the "
+                "call's own sizes; this is a fault of vera_fx, please report it with the model"
+            )
+        ready = self._adapted(model, capture)
+        signature = (call.structure(), self.watch.state(), _ambient())
+        self.captures.setdefault(signature, []).append(capture)
+        return ready
+
+    def _adapted(self, model: nn.Module, capture: Capture) -> Ready:
+        bank = bank_of(model)
+        if not bank.structure:
+            return Ready(capture.graph, capture)
+        variant = capture.variants.get(bank.structure)
+        if variant is None:
+            variant = capture.variants[bank.structure] = adapt_graph(bank, capture)
+        return Ready(variant.graph, capture)
+
+
+def adapt_graph(bank: "AdapterBank", capture: Capture) -> Variant:
+    """Run the adapting passes on a copy of a captured graph."""
+    graph = _copy_of(capture.graph)
+    plan = bank.plan(lambda path: capture.training.get(path, False))
+    try:
+        report = run_passes(graph, adaptation(plan), run_options("adapt"))
+    except SiteError as error:
+        raise TargetError(str(error)) from error
+    return Variant(graph, report)
+
+
+def _copy_of(bound: GraphModule) -> GraphModule:
+    """A second graph over the same live model."""
+    copy = GraphModule(nn.Module(), Graph())
+    copy.__dict__.update({k: v for k, v in bound.__dict__.items() if k != "_graph"})
+    graph = Graph()
+    output = graph.graph_copy(bound.graph, {}, return_output_node=True)
+    value, old = cast("tuple[Any, Any]", output)
+    graph.output(value).meta.update(old.meta)
+    copy.graph = graph
+    return copy
+
+
+def bank_of(model: nn.Module) -> "AdapterBank":
+    """The model's adapter bank."""
+    return cast("AdapterBank", model._modules[BANK])
+
+
+def require_adapted(model: nn.Module) -> "AdapterBank":
+    """The model's bank.
+
+    Raises:
+        AdapterError: the model is not adapted.
+    """
+    if not hasattr(type(model), "_vera_base"):
+        hint = "you passed the compiled wrapper; pass the model that was given to torch.compile"
+        raise AdapterError(
+            f"this {type(model).__name__} is not adapted; "
+            + (hint if hasattr(model, "_orig_mod") else "call vera_fx.adapt(model, config) first")
+        )
+    return bank_of(model)
+
+
+def runtime_of(model: nn.Module) -> Runtime:
+    """The model's runtime; made anew for a model that was copied or unpickled."""
+    runtime = model.__dict__.get("_vera_runtime")
+    if runtime is None:
+        runtime = model.__dict__["_vera_runtime"] = Runtime(model)
+    return runtime
+
+
+def _ambient() -> "Hashable":
+    """The autocast state that capture and execution happen under."""
+    if not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda"):
+        return None
+    return tuple(
+        torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        for kind in ("cpu", "cuda")
+    )
+
+
+@outside_dynamo
+def prepare(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Ready, Call]:
+    """Take the call apart and find its graph."""
+    runtime = runtime_of(model)
+    call = runtime.reader.read(args, kwargs)
+    return runtime.ready(model, call), call
+
+
+@outside_dynamo
+def finish(ready: Ready, call: Call, outputs: list[Tensor]) -> Any:
+    """Rebuild the result of a call from the graph's flat outputs."""
+    names = ready.capture.stateful
+    objects = {name: call.arguments[name] for name in names} if names else None
+    return restore(list(outputs), ready.capture.out_spec, objects)
