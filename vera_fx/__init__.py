@@ -11,6 +11,12 @@ from vera_fx.adapters import (
     parameter_summary,
     set_adapter,
 )
+from vera_fx.checkpoint import (
+    adapter_state_dict,
+    load_adapter,
+    load_adapter_state_dict,
+    save_adapter,
+)
 from vera_fx.config import VeraConfig
 from vera_fx.errors import (
     AdapterError,
@@ -20,6 +26,7 @@ from vera_fx.errors import (
     TargetError,
     VeraFxError,
 )
+from vera_fx.explain import explain
 from vera_fx.merging import merge, unmerge
 
 __version__ = "0.1.0"
@@ -36,12 +43,17 @@ __all__ = [
     "active_adapters",
     "adapt",
     "adapter_names",
+    "adapter_state_dict",
     "add_adapter",
     "capture",
     "delete_adapter",
     "disable_adapters",
+    "explain",
+    "load_adapter",
+    "load_adapter_state_dict",
     "merge",
     "parameter_summary",
+    "save_adapter",
     "set_adapter",
     "unload",
     "unmerge",

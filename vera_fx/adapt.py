@@ -3,15 +3,16 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
+from vera_fx import merging
 from vera_fx.adapted import extend, is_adapted, restore_class
+from vera_fx.adapter import Adapter
 from vera_fx.bank import AdapterBank
-from vera_fx.build import blueprint, build_adapter, draw, install, unhook
+from vera_fx.build import Blueprint, blueprint, build_adapter, draw, install, unhook
 from vera_fx.config import VeraConfig
 from vera_fx.errors import AdapterError, ConfigError
 from vera_fx.hf import register_types
-from vera_fx import merging
 from vera_fx.names import check_name
 from vera_fx.runtime import bank_of, prepare, require_adapted
 from vera_fx.targets import BANK, base_modules, resolve_targets
@@ -51,31 +52,47 @@ def adapt(
         CaptureError: ``example_inputs`` cannot be captured.
         After any of them the model is what it was before.
     """
-    _check_adaptable(model, config)
+    check_adaptable(model, config)
     check_name(adapter_name, taken=())
     plan = blueprint(model, config, resolve_targets(model, config), autocast=autocast_adapter_dtype)
-    adapter = build_adapter(model, plan)
-    bank = AdapterBank()
-    adapter.projections = bank.share_projections(*draw(model, plan), persistent=config.save_projection)
-    bank.thawed = tuple(path for path, p in model.named_parameters() if p.requires_grad)
-    install(model, bank, adapter_name, adapter)
-    bank.insert(adapter_name, adapter, plan.targets)
-    model.requires_grad_(False)
-    model.add_module(BANK, bank)
-    bank.train(model.training)
-    bank.activate([adapter_name])
-    register_types(model)
-    extend(model)
-    try:
-        if example_inputs is not None:
+    adapt_with(model, adapter_name, build_adapter(model, plan), draw(model, plan), plan)
+    if example_inputs is not None:
+        try:
             _capture_example(model, example_inputs)
-    except BaseException:
-        _detach(model)
-        raise
+        except BaseException:
+            _detach(model)
+            raise
     return model
 
 
-def _check_adaptable(model: nn.Module, config: VeraConfig) -> None:
+def adapt_with(
+    model: nn.Module,
+    name: str,
+    adapter: Adapter,
+    projections: tuple[Tensor, Tensor],
+    plan: Blueprint,
+) -> None:
+    """Put a finished adapter on an unadapted model: the one step that changes the model."""
+    bank = AdapterBank()
+    bank.thawed = tuple(path for path, p in model.named_parameters() if p.requires_grad)
+    adapter.projections = bank.share_projections(*projections, persistent=plan.config.save_projection)
+    install(model, bank, name, adapter)
+    bank.insert(name, adapter, plan.targets)
+    model.requires_grad_(requires_grad=False)
+    model.add_module(BANK, bank)
+    bank.train(model.training)
+    bank.activate([name])
+    register_types(model)
+    extend(model)
+
+
+def check_adaptable(model: nn.Module, config: VeraConfig) -> None:
+    """Refuse what cannot be adapted, before anything is built.
+
+    Raises:
+        ConfigError: wrong kinds of arguments.
+        AdapterError: the model is adapted already or cannot hold a bank.
+    """
     if not isinstance(config, VeraConfig):
         raise ConfigError(f"config must be a vera_fx.VeraConfig, got a {type(config).__name__}")
     if not isinstance(model, nn.Module):

@@ -17,7 +17,7 @@ from vera_fx.errors import TargetError, listing, nearest
 from vera_fx.hooks import EagerBranch, EagerCopy, EagerHook
 from vera_fx.passes import Target
 from vera_fx.projections import draw_projections
-from vera_fx.targets import base_modules, tensor_paths
+from vera_fx.targets import base_modules, tensor_paths, with_default_targets
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -56,6 +56,7 @@ def blueprint(
             f"the targets lie on several devices ({listing(sorted(devices))}); "
             "vera_fx adapts models that are on one device"
         )
+    config = with_default_targets(model, config)
     saved = _saved_modules(model, config)
     return Blueprint(config, targets, saved, _bias_modules(model, config, targets, saved), autocast)
 
@@ -107,7 +108,7 @@ def _first_vectors(config: VeraConfig, target: Target) -> tuple[Tensor, Tensor]:
 def _saved_modules(model: nn.Module, config: VeraConfig) -> tuple[str, ...]:
     """Paths of the modules to save: PEFT matches the end of the path, with or without a dot."""
     modules = base_modules(model)
-    for name in config.modules_to_save or ():
+    for name in config.named_modules_to_save:
         if not any(path.endswith(name) for path in modules):
             names = {path.rpartition(".")[2] for path in modules}
             raise TargetError(f"modules_to_save names {name!r}, which is no module{nearest(name, names)}")

@@ -45,6 +45,7 @@ class Capture:
         out_spec: the tree of its outputs.
         report: what the cleanup passes did.
         training: for each module path, whether it was in train mode.
+        inputs: the argument that each input tensor came from.
         stateful: names of the arguments whose new state is among the outputs.
         guards: which sizes the graph admits.
         variants: adapted graphs made from it, by the bank's structure.
@@ -54,6 +55,7 @@ class Capture:
     out_spec: TreeSpec
     report: PipelineReport
     training: dict[str, bool]
+    inputs: tuple[str, ...]
     stateful: tuple[str, ...]
     guards: "Guards"
     variants: dict[Any, Any] = field(default_factory=dict[Any, Any])
@@ -104,6 +106,7 @@ def capture_call(model: nn.Module, forward: Any, reader: CallReader, call: Call)
         out_spec=cast("TreeSpec", exported.call_spec.out_spec),
         report=report,
         training={path: module.training for path, module in model.named_modules()},
+        inputs=call.tensor_names(),
         stateful=stateful.names,
         guards=Guards([node.meta["val"] for node in placeholders]),
     )
@@ -156,8 +159,9 @@ def _shell(model: nn.Module, run: Any, names: list[str]) -> nn.Module:
     parameters = [inspect.Parameter("self", kind), *(inspect.Parameter(name, kind) for name in names)]
     forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     shell = object.__new__(type(base.__name__, (base,), {"forward": forward}))
-    shell.__dict__.update(model.__dict__)
-    shell.__dict__.pop("forward", None)
+    # Wrappers on the object (accelerate's forward, nn.Module.compile) are for real calls.
+    wrappers = ("forward", "_compiled_call_impl")
+    shell.__dict__.update({k: v for k, v in model.__dict__.items() if k not in wrappers})
     shell.__dict__["_modules"] = {k: m for k, m in model._modules.items() if k != BANK}
     for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         shell.__dict__[hooks] = type(model.__dict__[hooks])()

@@ -119,9 +119,15 @@ class VeraConfig:
         return isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear"
 
     @property
+    def named_modules_to_save(self) -> tuple[str, ...]:
+        """The entries of ``modules_to_save`` that are the user's own, which must exist."""
+        heads = {name for names in _HEADS.values() for name in names}
+        return tuple(name for name in self.modules_to_save or () if name not in heads)
+
+    @property
     def saved_modules(self) -> tuple[str, ...]:
         """``modules_to_save`` with the heads that the task type adds, as PEFT adds them."""
-        return (*(self.modules_to_save or ()), *_HEADS.get(self.task_type or "", ()))
+        return tuple(dict.fromkeys((*(self.modules_to_save or ()), *_HEADS.get(self.task_type or "", ()))))
 
 
 def _names(field: str, value: Any) -> Any:

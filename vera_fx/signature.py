@@ -42,6 +42,20 @@ class Call:
         """The key with every size above 1 left open: the call's signature."""
         return tuple(_open(part) if isinstance(part, torch.Size) else part for part in self.key)
 
+    def tensor_names(self) -> tuple[str, ...]:
+        """For each leaf, the name of the argument that holds it."""
+        return tuple(
+            name for name, value in self.arguments.items() for _ in range(_tensor_count(value))
+        )
+
+
+def _tensor_count(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return 1
+    if isinstance(value, CONSTANTS):
+        return 0
+    return sum(isinstance(part, Tensor) for part in tree_flatten(value)[0])
+
 
 def _open(sizes: Sequence[int]) -> tuple[int, ...]:
     return tuple(min(size, 2) for size in sizes)

@@ -1,5 +1,6 @@
 """Chooses the targets: which linear modules a configuration adapts, by PEFT's rules."""
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 
@@ -28,7 +29,8 @@ def resolve_targets(
     Raises:
         TargetError: nothing matches, an entry matches nothing, or a match is no linear module.
     """
-    wanted = config.target_modules if config.target_modules is not None else _default(model)
+    config, strict = with_default_targets(model, config), strict and config.target_modules is not None
+    wanted = config.target_modules or ()
     modules = base_modules(model)
     if config.is_all_linear:
         matches = _all_linear(model, config)
@@ -37,10 +39,21 @@ def resolve_targets(
     kept = [path for path in matches if not _is_excluded(path, config)]
     if not kept:
         raise TargetError(_explain_nothing(modules, wanted, config, matches))
-    if strict and config.target_modules is not None:
+    if strict:
         _check_every_entry(modules, wanted)
     tensors, twins = tensor_paths(model), _module_paths(model)
     return {path: _as_target(path, modules[path], tensors, twins) for path in kept}
+
+
+def with_default_targets(model: nn.Module, config: VeraConfig) -> VeraConfig:
+    """``config`` with the architecture's targets where it gives none.
+
+    Raises:
+        TargetError: it gives none, and the architecture has no default.
+    """
+    if config.target_modules is not None:
+        return config
+    return dataclasses.replace(config, target_modules=_default(model))
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:

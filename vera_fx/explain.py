@@ -1,0 +1,128 @@
+"""Tells what was adapted, in which graphs, by which passes, and what was left alone and why."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from vera_fx.bank import AdapterBank
+from vera_fx.capture import Capture
+from vera_fx.passes import PipelineReport, Target
+from vera_fx.runtime import Variant, require_adapted, runtime_of
+
+
+@dataclass(frozen=True, slots=True)
+class TargetRow:
+    """One target and the adapters that have vectors for it."""
+
+    path: str
+    in_features: int
+    out_features: int
+    adapters: tuple[str, ...]
+    parameters: int
+
+
+@dataclass(frozen=True, slots=True)
+class GraphRow:
+    """One adapted graph.
+
+    Attributes:
+        signature: the inputs with dtypes and sizes; names such as ``s0`` are sizes left open.
+        mode: ``train``, ``eval`` or ``mixed``.
+        sites: names of the sites that got a branch, in the graph's order.
+        report: what every pass did, cleanup first.
+    """
+
+    signature: str
+    mode: str
+    sites: tuple[str, ...]
+    report: PipelineReport
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """The answer of `explain`; ``str()`` is a table."""
+
+    adapters: tuple[str, ...]
+    active: tuple[str, ...]
+    targets: tuple[TargetRow, ...]
+    graphs: tuple[GraphRow, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        yield f"adapters: {', '.join(self.adapters) or 'none'} (active: {', '.join(self.active) or 'none'})"
+        yield f"targets: {len(self.targets)}"
+        yield from _table(
+            ("target", "in", "out", "parameters", "adapters"),
+            [(t.path, t.in_features, t.out_features, t.parameters, ", ".join(t.adapters)) for t in self.targets],
+        )
+        yield f"graphs: {len(self.graphs)}" + ("" if self.graphs else " (none captured yet; call the model)")
+        for number, graph in enumerate(self.graphs):
+            yield f"\ngraph {number}, {graph.mode}: {graph.signature}"
+            yield f"  {len(graph.sites)} sites adapted"
+            yield from (f"  {line}" for line in str(graph.report).splitlines())
+            yield from _skips(graph.report)
+
+
+def _skips(report: PipelineReport) -> Iterator[str]:
+    for name, skip in report.skips():
+        yield f"  left alone by {name}: {skip.subject}: {skip.reason}"
+
+
+def _table(header: Sequence[object], rows: Sequence[Sequence[object]]) -> Iterator[str]:
+    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for row in cells:
+        yield "  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
+
+
+def explain(model: nn.Module) -> Explanation:
+    """Report targets, graphs, sites, passes and skips of an adapted model.
+
+    Graphs appear once they are captured: at the first call of each signature, or by `capture`.
+
+    Raises:
+        AdapterError: the model is not adapted.
+    """
+    bank = require_adapted(model)
+    captures = [c for group in runtime_of(model).captures.values() for c in group]
+    return Explanation(
+        adapters=tuple(bank.adapters),
+        active=bank.computing(),
+        targets=tuple(_target_row(bank, target) for target in bank.targets.values()),
+        graphs=tuple(_graph_row(capture, v) for capture in captures for v in capture.variants.values()),
+    )
+
+
+def _target_row(bank: AdapterBank, target: Target) -> TargetRow:
+    found = {name: bank.adapter(name).vectors_at(target.path) for name in bank.adapters}
+    held = {name: vectors for name, vectors in found.items() if vectors is not None}
+    return TargetRow(
+        path=target.path,
+        in_features=target.in_features,
+        out_features=target.out_features,
+        adapters=tuple(held),
+        parameters=sum(p.numel() for vectors in held.values() for p in vectors.parameters()),
+    )
+
+
+def _graph_row(capture: Capture, variant: Variant) -> GraphRow:
+    modes = set(capture.training.values())
+    sites = next(r.report.rewrites for r in variant.report.records if r.name == "InsertVera")
+    return GraphRow(
+        signature=_signature(capture),
+        mode="mixed" if len(modes) > 1 else "train" if True in modes else "eval",
+        sites=tuple(rewrite.subject for rewrite in sites),
+        report=capture.report + variant.report,
+    )
+
+
+def _signature(capture: Capture) -> str:
+    inputs = [node for node in capture.graph.graph.nodes if node.op == "placeholder"]
+    return ", ".join(f"{name} {_type(n.meta['val'])}" for name, n in zip(capture.inputs, inputs, strict=True))
+
+
+def _type(value: Tensor) -> str:
+    return f"{str(value.dtype).removeprefix('torch.')}[{', '.join(map(str, value.shape))}]"
