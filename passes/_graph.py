@@ -97,7 +97,7 @@ def emit(
         like: node whose provenance (module stack, source line) the new node inherits.
         tag: which pass made the node, for which site, in which role.
     """
-    node = gm.graph.call_function(target, args)
+    node = gm.graph.create_node("call_function", target, args, name=tag.role or None)
     fake_args = cast("tuple[Any, ...]", map_arg(args, value_of))
     with torch.no_grad(), fake_mode_of(like):
         node.meta["val"] = target(*fake_args)
@@ -120,7 +120,8 @@ def attribute(gm: GraphModule, target: str, *, like: Node, tag: Tag) -> Node:
         if node.op == "get_attr" and node.target == target:
             return node
     with gm.graph.inserting_before(first_body_node(gm.graph)):
-        node = gm.graph.get_attr(target)
+        # Not graph.get_attr: it warns about holders that are no submodules, as slots are.
+        node = gm.graph.create_node("get_attr", target)
     real = resolve(gm, target)
     node.meta["val"] = fake_mode_of(like).from_tensor(real.detach(), static_shapes=True)
     node.meta[META_KEY] = tag
@@ -160,7 +161,9 @@ def _written(node: Node) -> list[Node]:
     return [
         value
         for argument, value in arguments
-        if isinstance(value, Node) and argument.alias_info is not None and argument.alias_info.is_write
+        if isinstance(value, Node)
+        and argument.alias_info is not None
+        and argument.alias_info.is_write
     ]
 
 
@@ -177,15 +180,25 @@ def _storage_root(node: Node) -> Node:
 def graph_text(gm: GraphModule) -> str:
     """The graph as text: operator, operands, dtype and shape of every node, a line each.
 
-    Stable across torch versions (unlike ``gm.code``), so that docstrings can quote it.
+    Sizes left open are called s0, s1... in order of appearance. Stable across torch versions
+    (unlike ``gm.code``), so that docstrings can quote it.
     """
-    return "\n".join(_node_text(node) for node in gm.graph.nodes)
+    symbols: dict[str, str] = {}
+
+    def number(match: re.Match[str]) -> str:
+        return symbols.setdefault(match[0], f"s{len(symbols)}")
+
+    lines: list[str] = []
+    for node in gm.graph.nodes:
+        head = re.sub(r"\bs\d+\b", number, _type_text(node.meta.get("val")))
+        lines.append(_node_text(node, head))
+    return "\n".join(lines)
 
 
-def _node_text(node: Node) -> str:
+def _node_text(node: Node, kind: str) -> str:
     if node.op == "output":
         return f"return {_operand(node.args[0])}"
-    head = f"%{node.name}{_type_text(node.meta.get('val'))} = "
+    head = f"%{node.name}{kind} = "
     if node.op in {"placeholder", "get_attr"}:
         return f"{head}{'input' if node.op == 'placeholder' else node.target}"
     operands = [_operand(arg) for arg in node.args]
@@ -208,6 +221,8 @@ def _operand(arg: object) -> str:
 
 def _type_text(value: object) -> str:
     if isinstance(value, Tensor):
-        dtype = re.sub(r"^float|^bfloat", lambda m: "f" if m[0] == "float" else "bf", str(value.dtype)[6:])
+        dtype = re.sub(
+            r"^float|^bfloat", lambda m: "f" if m[0] == "float" else "bf", str(value.dtype)[6:]
+        )
         return f": {dtype}[{', '.join(str(size) for size in value.shape)}]"
     return "" if value is None else f": {type(value).__name__}"

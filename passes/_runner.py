@@ -144,7 +144,9 @@ def _verify(run: _Run, graph_pass: GraphPass, report: PassReport, text_before: s
             f"{_context(run, name)} {did} but reported {len(report.rewrites)} rewrites"
         )
     if graph_pass(run.gm).changed or graph_text(run.gm) != text_after:
-        raise PassContractError(f"{_context(run, name)} is not idempotent: a second call changed the graph")
+        raise PassContractError(
+            f"{_context(run, name)} is not idempotent: a second call changed the graph"
+        )
 
 
 def _context(run: _Run, name: str) -> str:
@@ -154,8 +156,10 @@ def _context(run: _Run, name: str) -> str:
 
 
 def _op_counts(gm: GraphModule) -> Counter[str]:
-    return Counter(f"{node.op} {node.target}" if node.op == "call_function" else node.op
-                   for node in gm.graph.nodes)
+    return Counter(
+        f"{node.op} {node.target}" if node.op == "call_function" else node.op
+        for node in gm.graph.nodes
+    )
 
 
 def _dump(run: _Run, name: str) -> None:

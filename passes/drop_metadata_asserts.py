@@ -21,15 +21,15 @@ class DropMetadataAsserts:
 
     Before::
 
-        %x: f32[s0, 3] = input
-        %_assert_tensor_metadata_default = _assert_tensor_metadata(%x, dtype=torch.float32)
-        %to: f64[s0, 3] = to.dtype(%x, torch.float64)
+        %x: f32[s0, s1] = input
+        %_assert_tensor_metadata_default = _assert_tensor_metadata(%x, dtype=torch.float32, device=cpu, layout=torch.strided)
+        %to: f64[s0, s1] = to.dtype(%x, torch.float64)
         return [%to]
 
     After::
 
-        %x: f32[s0, 3] = input
-        %to: f64[s0, 3] = to.dtype(%x, torch.float64)
+        %x: f32[s0, s1] = input
+        %to: f64[s0, s1] = to.dtype(%x, torch.float64)
         return [%to]
 
     Needs: graphs selected by signature.

@@ -23,19 +23,19 @@ class InlineGradMode:
 
     Before::
 
-        %x: f32[s0, 3] = input
-        %submod_1 = submod_1
-        %wrap_with_set_grad_enabled = wrap_with_set_grad_enabled(False, %submod_1, %x)
-        %getitem: f32[s0, 3] = getitem(%wrap_with_set_grad_enabled, 0)
-        %add: f32[s0, 3] = add(%x, %getitem)
+        %x: f32[s0, s1] = input
+        %submod_3 = _constant_submod_1
+        %cos: tuple = wrap_with_set_grad_enabled(False, %submod_3, %x)
+        %getitem: f32[s0, s1] = getitem(%cos, 0)
+        %add: f32[s0, s1] = add(%x, %getitem)
         return [%add]
 
     After::
 
-        %x: f32[s0, 3] = input
-        %cos: f32[s0, 3] = cos(%x)
-        %detach: f32[s0, 3] = detach(%cos)
-        %add: f32[s0, 3] = add(%x, %detach)
+        %x: f32[s0, s1] = input
+        %cos_1: f32[s0, s1] = cos(%x)
+        %detach_default: f32[s0, s1] = detach(%cos_1)
+        %add: f32[s0, s1] = add(%x, %detach_default)
         return [%add]
 
     Needs: nothing.

@@ -49,30 +49,30 @@ class InsertVera:
 
     Before::
 
-        %x: f32[s0, 3] = input
         %lin_weight: f32[5, 3] = lin.weight
         %lin_bias: f32[5] = lin.bias
+        %x: f32[s0, 3] = input
         %linear: f32[s0, 5] = linear(%x, %lin_weight, %lin_bias)
         return [%linear]
 
     After::
 
-        %x: f32[s0, 3] = input
         %lin_weight: f32[5, 3] = lin.weight
         %lin_bias: f32[5] = lin.bias
+        %x: f32[s0, 3] = input
         %slot_vera_a: f32[2, 4] = slot.vera_A
-        %slot_lambda_d: f32[2] = slot.lambda_d
         %slot_vera_b: f32[7, 2] = slot.vera_B
+        %slot_lambda_d: f32[2] = slot.lambda_d
         %slot_lambda_b: f32[5] = slot.lambda_b
         %linear: f32[s0, 5] = linear(%x, %lin_weight, %lin_bias)
-        %slice_tensor: f32[2, 3] = slice(%slot_vera_a, 1, 0, 3)
-        %linear_default: f32[s0, 2] = linear(%x, %slice_tensor)
-        %mul_tensor: f32[s0, 2] = mul(%linear_default, %slot_lambda_d)
-        %slice_tensor_1: f32[5, 2] = slice(%slot_vera_b, 0, 0, 5)
-        %linear_default_1: f32[s0, 5] = linear(%mul_tensor, %slice_tensor_1)
-        %mul_tensor_1: f32[s0, 5] = mul(%linear_default_1, %slot_lambda_b)
-        %add_tensor: f32[s0, 5] = add(%linear, %mul_tensor_1)
-        return [%add_tensor]
+        %cut_A: f32[2, 3] = slice(%slot_vera_a, 1, 0, 3)
+        %z: f32[s0, 2] = linear(%x, %cut_A)
+        %h: f32[s0, 2] = mul(%z, %slot_lambda_d)
+        %cut_B: f32[5, 2] = slice(%slot_vera_b, 0, 0, 5)
+        %u: f32[s0, 5] = linear(%h, %cut_B)
+        %update: f32[s0, 5] = mul(%u, %slot_lambda_b)
+        %add: f32[s0, 5] = add(%linear, %update)
+        return [%add]
 
     Needs: targets whose branches exist as attributes of the graph's owner.
     Keeps: the base call itself, untouched.

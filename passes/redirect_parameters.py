@@ -34,8 +34,8 @@ class RedirectParameters:
 
     Before::
 
-        %x: f32[s0, 3] = input
         %head_weight: f32[5, 3] = head.weight
+        %x: f32[s0, 3] = input
         %linear: f32[s0, 5] = linear(%x, %head_weight)
         return [%linear]
 

@@ -21,18 +21,52 @@ class ShareProjection:
 
     Before::
 
+        %query_weight: f32[5, 3] = query.weight
+        %value_weight: f32[5, 3] = value.weight
         %x: f32[s0, 3] = input
-        %A: f32[2, 3] = A
-        %z1: f32[s0, 2] = linear(%x, %A)
-        %z2: f32[s0, 2] = linear(%x, %A)
-        return [%z1, %z2]
+        %slot_vera_a: f32[2, 3] = slot.vera_A
+        %slot_vera_b: f32[5, 2] = slot.vera_B
+        %slot_query_d: f32[2] = slot.query_d
+        %slot_query_b: f32[5] = slot.query_b
+        %slot_value_d: f32[2] = slot.value_d
+        %slot_value_b: f32[5] = slot.value_b
+        %linear: f32[s0, 5] = linear(%x, %query_weight)
+        %z: f32[s0, 2] = linear(%x, %slot_vera_a)
+        %h: f32[s0, 2] = mul(%z, %slot_query_d)
+        %u: f32[s0, 5] = linear(%h, %slot_vera_b)
+        %update: f32[s0, 5] = mul(%u, %slot_query_b)
+        %add: f32[s0, 5] = add(%linear, %update)
+        %linear_1: f32[s0, 5] = linear(%x, %value_weight)
+        %z_1: f32[s0, 2] = linear(%x, %slot_vera_a)
+        %h_1: f32[s0, 2] = mul(%z_1, %slot_value_d)
+        %u_1: f32[s0, 5] = linear(%h_1, %slot_vera_b)
+        %update_1: f32[s0, 5] = mul(%u_1, %slot_value_b)
+        %add_1: f32[s0, 5] = add(%linear_1, %update_1)
+        return [%add, %add_1]
 
     After::
 
+        %query_weight: f32[5, 3] = query.weight
+        %value_weight: f32[5, 3] = value.weight
         %x: f32[s0, 3] = input
-        %A: f32[2, 3] = A
-        %z1: f32[s0, 2] = linear(%x, %A)
-        return [%z1, %z1]
+        %slot_vera_a: f32[2, 3] = slot.vera_A
+        %slot_vera_b: f32[5, 2] = slot.vera_B
+        %slot_query_d: f32[2] = slot.query_d
+        %slot_query_b: f32[5] = slot.query_b
+        %slot_value_d: f32[2] = slot.value_d
+        %slot_value_b: f32[5] = slot.value_b
+        %linear: f32[s0, 5] = linear(%x, %query_weight)
+        %z: f32[s0, 2] = linear(%x, %slot_vera_a)
+        %h: f32[s0, 2] = mul(%z, %slot_query_d)
+        %u: f32[s0, 5] = linear(%h, %slot_vera_b)
+        %update: f32[s0, 5] = mul(%u, %slot_query_b)
+        %add: f32[s0, 5] = add(%linear, %update)
+        %linear_1: f32[s0, 5] = linear(%x, %value_weight)
+        %h_1: f32[s0, 2] = mul(%z, %slot_value_d)
+        %u_1: f32[s0, 5] = linear(%h_1, %slot_vera_b)
+        %update_1: f32[s0, 5] = mul(%u_1, %slot_value_b)
+        %add_1: f32[s0, 5] = add(%linear_1, %update_1)
+        return [%add, %add_1]
 
     Needs: branches inserted by `InsertVera`.
     Keeps: every output bit for bit; gradients to rounding.

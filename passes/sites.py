@@ -27,7 +27,13 @@ _SAME = (
     aten.contiguous.default,
     aten.clone.default,
 )
-_SWAP = (aten.t.default, aten.numpy_T.default, aten.transpose.int, aten.permute.default, aten.mT.default)
+_SWAP = (
+    aten.t.default,
+    aten.numpy_T.default,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.mT.default,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +71,15 @@ class Site:
 
     target: Target
     node: Node
-    x: Node
     index: int
+
+    @property
+    def x(self) -> Node:
+        """The call's input as the graph has it now: adapting a site before it changes it."""
+        call = _as_call(self.node)
+        if call is None:
+            raise SiteError(f"{self.node.name} of target {self.target.path!r} is a linear call no more")
+        return call[0]
 
     @property
     def name(self) -> str:
@@ -98,25 +111,27 @@ def find_sites(gm: GraphModule, targets: Sequence[Target]) -> SiteSearch:
     sites: list[Site] = []
     counts: Counter[str] = Counter()
     for node in gm.graph.nodes:
-        if (hit := calls.get(node)) is not None:
-            target, x = hit
-            sites.append(Site(target, node, x, counts[target.path]))
+        if (target := calls.get(node)) is not None:
+            sites.append(Site(target, node, counts[target.path]))
             counts[target.path] += 1
-    return SiteSearch(tuple(sites), tuple(target.path for target in targets if not counts[target.path]))
+    return SiteSearch(
+        tuple(sites), tuple(target.path for target in targets if not counts[target.path])
+    )
 
 
 def _calls_of_weights(
     gm: GraphModule, owners: Mapping[str, list[Target]], by_path: Mapping[str, Target]
-) -> dict[Node, tuple[Target, Node]]:
-    """Every use of a target's weight attribute, as {linear call: (target, input)}."""
-    calls: dict[Node, tuple[Target, Node]] = {}
+) -> dict[Node, Target]:
+    """Every use of a target's weight attribute, as {linear call: target}."""
+    calls: dict[Node, Target] = {}
     for node in gm.graph.nodes:
         if node.op != "get_attr" or str(node.target) not in owners:
             continue
         for user, operand, swapped in _final_uses(node):
             target = _owner_of(user, owners[str(node.target)], by_path)
             if target is not None:
-                calls[user] = (target, _checked_input(user, operand, target, swapped=swapped))
+                _check_call(user, operand, target, swapped=swapped)
+                calls[user] = target
     return calls
 
 
@@ -152,8 +167,8 @@ def _owner_of(
     )
 
 
-def _checked_input(user: Node, operand: Node, target: Target, *, swapped: bool) -> Node:
-    """The input of the linear call ``user``; raises if it is none that can be adapted."""
+def _check_call(user: Node, operand: Node, target: Target, *, swapped: bool) -> None:
+    """Raise if ``user`` is no linear call by the target's weight that can be adapted."""
     call = _as_call(user)
     where = f"target {target.path!r}: its weight is used by {user.target} ({user.name})"
     if call is None or call[1] is not operand:
@@ -165,20 +180,15 @@ def _checked_input(user: Node, operand: Node, target: Target, *, swapped: bool) 
             f"{where} the other way round, with an input of width {tensor_of(x).shape[-1]} where "
             f"the module takes {target.in_features} features; exclude it from target_modules"
         )
-    return x
 
 
-def _calls_of_parametrised(
-    gm: GraphModule, by_path: Mapping[str, Target]
-) -> dict[Node, tuple[Target, Node]]:
+def _calls_of_parametrised(gm: GraphModule, by_path: Mapping[str, Target]) -> dict[Node, Target]:
     """Linear calls made inside a target whose weight is computed on the way (parametrised)."""
-    calls: dict[Node, tuple[Target, Node]] = {}
+    calls: dict[Node, Target] = {}
     for node in gm.graph.nodes:
         target = by_path.get(owner_path(node))
-        call = _as_call(node)
-        if target is None or call is None or target.weights:
-            continue
-        calls[node] = (target, call[0])
+        if target is not None and not target.weights and _as_call(node) is not None:
+            calls[node] = target
     return calls
 
 

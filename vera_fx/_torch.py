@@ -1,7 +1,7 @@
 """The few private corners of torch 2.13 that the library needs, each behind one name."""
 
-import types
 from collections.abc import Callable, Iterable
+from types import FunctionType  # noqa: TC003
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
@@ -31,7 +31,7 @@ def skip_frame(fn: Callable[P, R]) -> Callable[P, R]:
     ``torch.compiler.disable(recursive=False)`` means the same, but the stance
     ``fail_on_recompile`` takes its frame for a recompile (torch 2.13).
     """
-    skip_code(cast("types.FunctionType", fn).__code__)
+    skip_code(cast("FunctionType", fn).__code__)
     return fn
 
 

@@ -75,9 +75,10 @@ def adapt_with(
     """Put a finished adapter on an unadapted model: the one step that changes the model."""
     bank = AdapterBank()
     bank.thawed = tuple(path for path, p in model.named_parameters() if p.requires_grad)
-    adapter.projections = bank.share_projections(*projections, persistent=plan.config.save_projection)
-    install(model, bank, name, adapter)
-    bank.insert(name, adapter, plan.targets)
+    adapter.projections = bank.share_projections(
+        *projections, persistent=plan.config.save_projection
+    )
+    install(model, bank, name, adapter, plan.targets)
     model.requires_grad_(requires_grad=False)
     model.add_module(BANK, bank)
     bank.train(model.training)
@@ -104,7 +105,9 @@ def check_adaptable(model: nn.Module, config: VeraConfig) -> None:
         )
     inner = [path for path, module in base_modules(model).items() if is_adapted(module)]
     if inner:
-        raise AdapterError(f"the module {inner[0]!r} inside this model is adapted already; unload it first")
+        raise AdapterError(
+            f"the module {inner[0]!r} inside this model is adapted already; unload it first"
+        )
     if hasattr(model, BANK):
         raise AdapterError(
             f"this {type(model).__name__} has an attribute {BANK!r} of its own, where the adapter bank goes"

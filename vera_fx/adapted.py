@@ -34,7 +34,9 @@ def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
         forward = _forward_for(base)
         names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
         # The name stays: transformers looks models up by the name of their class.
-        kind = type(base.__name__, (Adapted, base), {**names, "_vera_base": base, "forward": forward})
+        kind = type(
+            base.__name__, (Adapted, base), {**names, "_vera_base": base, "forward": forward}
+        )
         _classes[base] = cast("type[nn.Module]", kind)
     return _classes[base]
 

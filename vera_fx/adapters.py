@@ -38,15 +38,16 @@ def add_adapter(model: nn.Module, name: str, config: VeraConfig | None = None) -
     adapter = build_adapter(model, plan)
     vera_A, vera_B = draw(model, plan)
     adapter.projections = bank.share_projections(vera_A, vera_B, persistent=config.save_projection)
-    install(model, bank, name, adapter)
-    bank.insert(name, adapter, plan.targets)
+    install(model, bank, name, adapter, plan.targets)
     bank.bind()
 
 
 def _first_config(bank: AdapterBank) -> VeraConfig:
     for name in bank.adapters:
         return bank.adapter(name).config
-    raise AdapterError("the model has no adapter left whose configuration could be reused; give one")
+    raise AdapterError(
+        "the model has no adapter left whose configuration could be reused; give one"
+    )
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
@@ -58,7 +59,9 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     bank = require_adapted(model)
     check_known(name, bank.adapters)
     if name in bank.merged:
-        raise AdapterError(f"adapter {name!r} is merged into the base; unmerge the model before deleting it")
+        raise AdapterError(
+            f"adapter {name!r} is merged into the base; unmerge the model before deleting it"
+        )
     bank.remove(name)
 
 
@@ -76,7 +79,10 @@ def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
         check_known(name, bank.adapters)
     _check_compatible(bank, wanted)
     if bank.merged:
-        warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
+        warnings.warn(
+            "Adapter cannot be set when the model is merged. Unmerging the model first.",
+            stacklevel=2,
+        )
         unmerge(model)
     bank.activate(wanted)
 

@@ -12,8 +12,21 @@ _FUSED = ("query_key_value",)
 DEFAULT_TARGETS: dict[str, tuple[str, ...] | str] = {
     **dict.fromkeys(
         (
-            "bart", "opt", "gptj", "gpt_neo", "llama", "llama4", "mistral", "mixtral", "stablelm",
-            "phi", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3",
+            "bart",
+            "opt",
+            "gptj",
+            "gpt_neo",
+            "llama",
+            "llama4",
+            "mistral",
+            "mixtral",
+            "stablelm",
+            "phi",
+            "gemma",
+            "gemma2",
+            "gemma3_text",
+            "qwen2",
+            "qwen3",
         ),
         _QV,
     ),

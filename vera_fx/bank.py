@@ -181,7 +181,7 @@ class AdapterBank(nn.Module):
             dropout=dropout,
         )
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AdapterBank":  # noqa: FBT001, FBT002
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AdapterBank":
         """Move or cast, as ``model.to(...)`` does, and point the slots at the new tensors."""
         super()._apply(fn, recurse)
         self.bind()

@@ -111,7 +111,9 @@ def _saved_modules(model: nn.Module, config: VeraConfig) -> tuple[str, ...]:
     for name in config.named_modules_to_save:
         if not any(path.endswith(name) for path in modules):
             names = {path.rpartition(".")[2] for path in modules}
-            raise TargetError(f"modules_to_save names {name!r}, which is no module{nearest(name, names)}")
+            raise TargetError(
+                f"modules_to_save names {name!r}, which is no module{nearest(name, names)}"
+            )
     found: list[str] = []
     for path in modules:
         inside = any(path.startswith(f"{parent}.") for parent in found)
@@ -135,17 +137,25 @@ def _bias_modules(
     )
 
 
-def install(model: nn.Module, bank: AdapterBank, name: str, adapter: Adapter) -> None:
-    """Put a built adapter into the bank and hook the modules that it adapts."""
+def install(
+    model: nn.Module, bank: AdapterBank, name: str, adapter: Adapter, targets: Mapping[str, Target]
+) -> None:
+    """Put a built adapter into the bank, inactive, and hook the modules that it adapts."""
     tensors = tensor_paths(model)
     for path, tensor_name, _ in adapter.copied_tensors():
-        base = model.get_submodule(path)
-        for part in tensor_name.split("."):
-            base = getattr(base, part)
+        base = attribute_of(model.get_submodule(path), tensor_name)
         bank.base_paths[path, tensor_name] = tuple(tensors[id(base)])
-    for kind, paths in ((EagerBranch, adapter.vectors.by_path), (EagerCopy, adapter.copies.by_path)):
+    hooks = ((EagerBranch, adapter.vectors.by_path), (EagerCopy, adapter.copies.by_path))
+    for kind, paths in hooks:
         for path in paths:
             _hook(model.get_submodule(path), kind(bank, path))
+    bank.insert(name, adapter, targets)
+
+
+def attribute_of(root: nn.Module, path: str) -> Tensor:
+    """The tensor at a dotted path below ``root``."""
+    *parents, name = path.split(".")
+    return getattr(root.get_submodule(".".join(parents)), name)
 
 
 def _hook(module: nn.Module, hook: EagerHook) -> None:

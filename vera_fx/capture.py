@@ -116,7 +116,9 @@ def _export(
     model: nn.Module, forward: Any, reader: CallReader, call: Call, stateful: Stateful
 ) -> ExportedProgram:
     copies = {name: map_tensors(value, _copy) for name, value in call.arguments.items()}
-    inputs = {f"input_{i}": copies[name] for i, name in enumerate(copies) if _has_tensor(copies[name])}
+    inputs = {
+        f"input_{i}": copies[name] for i, name in enumerate(copies) if _has_tensor(copies[name])
+    }
     names = dict(zip(inputs, (n for n in copies if _has_tensor(copies[n])), strict=True))
 
     def run(shell: nn.Module, **given: Any) -> Any:
@@ -156,7 +158,10 @@ def _shell(model: nn.Module, run: Any, names: list[str]) -> nn.Module:
         return run(self, **given)
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    parameters = [inspect.Parameter("self", kind), *(inspect.Parameter(name, kind) for name in names)]
+    parameters = [
+        inspect.Parameter("self", kind),
+        *(inspect.Parameter(name, kind) for name in names),
+    ]
     forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     shell = object.__new__(type(base.__name__, (base,), {"forward": forward}))
     # Wrappers on the object (accelerate's forward, nn.Module.compile) are for real calls.

@@ -138,7 +138,9 @@ def save_adapter(
     check_known(adapter_name, bank.adapters)
     adapter = bank.adapter(adapter_name)
     if adapter_name in bank.merged and adapter.copies.by_path:
-        raise CheckpointError(f"adapter {adapter_name!r} is merged; unmerge the model before saving it")
+        raise CheckpointError(
+            f"adapter {adapter_name!r} is merged; unmerge the model before saving it"
+        )
     state = adapter_state_dict(model, adapter_name)
     tensors = {key: tensor.cpu().contiguous().clone() for key, tensor in state.items()}
     metadata = {"format": "pt", _HASH: projections_hash(bank.projections_of(adapter))}
@@ -149,7 +151,9 @@ def save_adapter(
             save_file(tensors, aside / WEIGHTS_FILE, metadata=metadata)
             (aside / CONFIG_FILE).write_text(to_json(model, adapter), encoding="utf-8")
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"adapter {adapter_name!r} could not be saved to {folder}: {error}") from error
+        raise CheckpointError(
+            f"adapter {adapter_name!r} could not be saved to {folder}: {error}"
+        ) from error
     return folder
 
 
@@ -220,8 +224,7 @@ def load_adapter(
         adapt_with(model, adapter_name, adapter, pair, plan)
         return model
     adapter.projections = bank.share_projections(*pair, persistent=config.save_projection)
-    install(model, bank, adapter_name, adapter)
-    bank.insert(adapter_name, adapter, plan.targets)
+    install(model, bank, adapter_name, adapter, plan.targets)
     bank.activate(bank.active or (adapter_name,))
     return model
 
@@ -231,13 +234,17 @@ def _plan(model: nn.Module, config: VeraConfig, folder: Path, *, autocast: bool)
         targets = resolve_targets(model, config, strict=False)
         return blueprint(model, config, targets, autocast=autocast)
     except TargetError as error:
-        raise CheckpointError(f"the adapter in {folder} does not fit this model: {error}") from error
+        raise CheckpointError(
+            f"the adapter in {folder} does not fit this model: {error}"
+        ) from error
 
 
 def _read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     path = folder / WEIGHTS_FILE
     if not path.is_file():
-        pickled = " (adapter_model.bin is a pickle, which vera_fx never loads; convert it with PEFT)"
+        pickled = (
+            " (adapter_model.bin is a pickle, which vera_fx never loads; convert it with PEFT)"
+        )
         hint = pickled if (folder / "adapter_model.bin").exists() else ""
         raise CheckpointError(f"there is no {WEIGHTS_FILE} in {folder}{hint}")
     try:

@@ -93,9 +93,13 @@ class VeraConfig:
         if not _is_int(self.r) or self.r <= 0:
             raise ConfigError(f"r must be a positive integer, got {self.r!r}")
         if not _is_int(self.projection_prng_key):
-            raise ConfigError(f"projection_prng_key must be an integer, got {self.projection_prng_key!r}")
+            raise ConfigError(
+                f"projection_prng_key must be an integer, got {self.projection_prng_key!r}"
+            )
         if not _is_real(self.vera_dropout) or not 0 <= self.vera_dropout < 1:
-            raise ConfigError(f"vera_dropout must be at least 0 and below 1, got {self.vera_dropout!r}")
+            raise ConfigError(
+                f"vera_dropout must be at least 0 and below 1, got {self.vera_dropout!r}"
+            )
         if not _is_real(self.d_initial) or not math.isfinite(self.d_initial):
             raise ConfigError(f"d_initial must be a finite number, got {self.d_initial!r}")
 
@@ -106,7 +110,9 @@ class VeraConfig:
                 raise ConfigError(f"layers_to_transform must be integers, got {layers!r}")
             self._set("layers_to_transform", tuple(layers))
         if self.layers_pattern and layers is None:
-            raise ConfigError("layers_pattern was given without layers_to_transform; give both or none")
+            raise ConfigError(
+                "layers_pattern was given without layers_to_transform; give both or none"
+            )
         if isinstance(self.target_modules, str) and layers is not None and not self.is_all_linear:
             raise ConfigError(
                 "layers_to_transform does not apply to a regular expression "
@@ -127,14 +133,18 @@ class VeraConfig:
     @property
     def saved_modules(self) -> tuple[str, ...]:
         """``modules_to_save`` with the heads that the task type adds, as PEFT adds them."""
-        return tuple(dict.fromkeys((*(self.modules_to_save or ()), *_HEADS.get(self.task_type or "", ()))))
+        return tuple(
+            dict.fromkeys((*(self.modules_to_save or ()), *_HEADS.get(self.task_type or "", ())))
+        )
 
 
 def _names(field: str, value: Any) -> Any:
     """Lists and sets of strings become tuples; strings and None stay."""
     if value is None or isinstance(value, str):
         return value
-    if not isinstance(value, Sequence | set | frozenset) or not all(isinstance(v, str) for v in value):
+    if not isinstance(value, Sequence | set | frozenset) or not all(
+        isinstance(v, str) for v in value
+    ):
         raise ConfigError(f"{field} must be a string or a list of strings, got {value!r}")
     return tuple(sorted(value)) if isinstance(value, set | frozenset) else tuple(value)
 

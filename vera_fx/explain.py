@@ -56,9 +56,14 @@ class Explanation:
         yield f"targets: {len(self.targets)}"
         yield from _table(
             ("target", "in", "out", "parameters", "adapters"),
-            [(t.path, t.in_features, t.out_features, t.parameters, ", ".join(t.adapters)) for t in self.targets],
+            [
+                (t.path, t.in_features, t.out_features, t.parameters, ", ".join(t.adapters))
+                for t in self.targets
+            ],
         )
-        yield f"graphs: {len(self.graphs)}" + ("" if self.graphs else " (none captured yet; call the model)")
+        yield f"graphs: {len(self.graphs)}" + (
+            "" if self.graphs else " (none captured yet; call the model)"
+        )
         for number, graph in enumerate(self.graphs):
             yield f"\ngraph {number}, {graph.mode}: {graph.signature}"
             yield f"  {len(graph.sites)} sites adapted"
@@ -92,7 +97,9 @@ def explain(model: nn.Module) -> Explanation:
         adapters=tuple(bank.adapters),
         active=bank.computing(),
         targets=tuple(_target_row(bank, target) for target in bank.targets.values()),
-        graphs=tuple(_graph_row(capture, v) for capture in captures for v in capture.variants.values()),
+        graphs=tuple(
+            _graph_row(capture, v) for capture in captures for v in capture.variants.values()
+        ),
     )
 
 
@@ -121,7 +128,9 @@ def _graph_row(capture: Capture, variant: Variant) -> GraphRow:
 
 def _signature(capture: Capture) -> str:
     inputs = [node for node in capture.graph.graph.nodes if node.op == "placeholder"]
-    return ", ".join(f"{name} {_type(n.meta['val'])}" for name, n in zip(capture.inputs, inputs, strict=True))
+    return ", ".join(
+        f"{name} {_type(n.meta['val'])}" for name, n in zip(capture.inputs, inputs, strict=True)
+    )
 
 
 def _type(value: Tensor) -> str:

@@ -24,7 +24,7 @@ def register_types(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def export_patches(model: nn.Module) -> Iterator[None]:
-    """transformers' surroundings for an export: stateful attributes are put aside."""
+    """Transformers' surroundings for an export: stateful attributes are put aside."""
     if not is_pretrained(model):
         yield
         return

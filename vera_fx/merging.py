@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from vera_fx.adapter import Adapter
 from vera_fx.bank import AdapterBank
+from vera_fx.build import attribute_of
 from vera_fx.errors import AdapterError, listing
 from vera_fx.names import check_known
 from vera_fx.passes import Target
@@ -45,7 +46,9 @@ def merge(
         _check_finite(model, bank, todo)
     for name in todo:
         if keep_base:
-            bank.kept_bases[name] = {id(w): w.detach().clone() for _, w in _changed(model, bank.adapter(name))}
+            bank.kept_bases[name] = {
+                id(w): w.detach().clone() for _, w in _changed(model, bank.adapter(name))
+            }
         _add(model, bank, bank.adapter(name), sign=1)
         _swap_copies(model, bank.adapter(name))
         bank.merged += (name,)
@@ -98,7 +101,9 @@ def _check_mergeable(bank: AdapterBank, names: Iterable[str]) -> None:
             owners[path] = name
 
 
-def _deltas(model: nn.Module, bank: AdapterBank, adapter: Adapter) -> Iterator[tuple[Tensor, Tensor]]:
+def _deltas(
+    model: nn.Module, bank: AdapterBank, adapter: Adapter
+) -> Iterator[tuple[Tensor, Tensor]]:
     """``(weight, what the adapter adds to it)``, the latter in the weight's layout."""
     pair = bank.projections_of(adapter)
     for path in adapter.vectors.by_path:
@@ -141,9 +146,7 @@ def _add(model: nn.Module, bank: AdapterBank, adapter: Adapter, *, sign: int) ->
 def _swap_copies(model: nn.Module, adapter: Adapter) -> None:
     """Exchange the values of the adapter's copies and the base tensors they stand for."""
     for path, name, copy in adapter.copied_tensors():
-        base = model.get_submodule(path)
-        for part in name.split("."):
-            base = getattr(base, part)
+        base = attribute_of(model.get_submodule(path), name)
         held = base.data.clone()
         base.data.copy_(copy.data)
         copy.data.copy_(held)

@@ -28,7 +28,9 @@ def check_name(name: str, taken: Iterable[str]) -> None:
     if name == BASE:
         raise AdapterError(f"the adapter name {BASE!r} stands for the plain base model")
     if name in set(taken):
-        raise AdapterError(f"there is an adapter called {name!r} already; delete it or choose another name")
+        raise AdapterError(
+            f"there is an adapter called {name!r} already; delete it or choose another name"
+        )
 
 
 def check_known(name: str, known: Iterable[str]) -> None:

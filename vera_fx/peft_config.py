@@ -38,7 +38,9 @@ def to_json(model: nn.Module, adapter: Adapter) -> str:
     config = adapter.config
     values: dict[str, Any] = {name: _plain(getattr(config, name)) for name in _OURS}
     values["modules_to_save"] = list(config.saved_modules) or None
-    values["fan_in_fan_out"] = any(is_conv1d(model.get_submodule(p)) for p in adapter.vectors.by_path)
+    values["fan_in_fan_out"] = any(
+        is_conv1d(model.get_submodule(p)) for p in adapter.vectors.by_path
+    )
     if config.is_all_linear or config.exclude_modules:
         # PEFT knows no exclude_modules, so the choice is written out as full paths.
         values["target_modules"] = sorted(adapter.vectors.by_path)
@@ -76,7 +78,9 @@ def read_json(directory: Path) -> VeraConfig:
     values = _parse(path)
     kind = values.get("peft_type")
     if kind != "VERA":
-        raise CheckpointError(f"{path} is for peft_type={kind!r}; vera_fx loads 'VERA' adapters only")
+        raise CheckpointError(
+            f"{path} is for peft_type={kind!r}; vera_fx loads 'VERA' adapters only"
+        )
     _check_keys(path, values)
     given = {name: values[name] for name in _OURS if name in values}
     try:
@@ -87,16 +91,24 @@ def read_json(directory: Path) -> VeraConfig:
 
 def _parse(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
-        there = listing(sorted(p.name for p in path.parent.iterdir())) if path.parent.is_dir() else "no folder"
+        there = (
+            listing(sorted(p.name for p in path.parent.iterdir()))
+            if path.parent.is_dir()
+            else "no folder"
+        )
         raise CheckpointError(f"there is no {path.name} in {path.parent} (found: {there})")
     if path.stat().st_size > _MAX_BYTES:
-        raise CheckpointError(f"{path} is larger than {_MAX_BYTES} bytes, so it is no adapter configuration")
+        raise CheckpointError(
+            f"{path} is larger than {_MAX_BYTES} bytes, so it is no adapter configuration"
+        )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds a {type(values).__name__} where an object was expected")
+        raise CheckpointError(
+            f"{path} holds a {type(values).__name__} where an object was expected"
+        )
     return values
 
 

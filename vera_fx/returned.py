@@ -41,8 +41,10 @@ class Stateful:
 def is_stateful(value: Any) -> bool:
     """True for a registered object whose attributes a call may change, such as a cache."""
     plain = (*CONSTANTS, tuple, list, dict)
-    return not isinstance(value, plain) and type(value).__module__.partition(".")[0] != "torch" and (
-        hasattr(value, "__dict__")
+    return (
+        not isinstance(value, plain)
+        and type(value).__module__.partition(".")[0] != "torch"
+        and (hasattr(value, "__dict__"))
     )
 
 

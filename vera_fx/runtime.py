@@ -178,9 +178,7 @@ def _ambient() -> "Hashable":
 
 
 @outside_dynamo
-def prepare(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Ready, Call]:
+def prepare(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Ready, Call]:
     """Take the call apart and find its graph."""
     runtime = runtime_of(model)
     call = runtime.reader.read(args, kwargs)

@@ -69,7 +69,9 @@ class CallReader:
         parameters = list(self._signature.parameters.values())
         kinds = inspect.Parameter
         self._positional = [
-            p.name for p in parameters if p.kind in {kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD}
+            p.name
+            for p in parameters
+            if p.kind in {kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD}
         ]
         self._positional_only = [p.name for p in parameters if p.kind is kinds.POSITIONAL_ONLY]
         self._takes_more = any(p.kind is kinds.VAR_POSITIONAL for p in parameters)

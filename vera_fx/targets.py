@@ -29,7 +29,10 @@ def resolve_targets(
     Raises:
         TargetError: nothing matches, an entry matches nothing, or a match is no linear module.
     """
-    config, strict = with_default_targets(model, config), strict and config.target_modules is not None
+    config, strict = (
+        with_default_targets(model, config),
+        strict and config.target_modules is not None,
+    )
     wanted = config.target_modules or ()
     modules = base_modules(model)
     if config.is_all_linear:
@@ -191,7 +194,9 @@ def _explain_nothing(
 def _hint(entry: str, modules: Mapping[str, nn.Module]) -> str:
     linears = {path.rpartition(".")[2] for path, module in modules.items() if is_linear(module)}
     hint = nearest(entry.rpartition(".")[2], linears)
-    return f"  {entry!r} matches nothing{hint or f'; linear modules here: {listing(sorted(linears))}'}"
+    return (
+        f"  {entry!r} matches nothing{hint or f'; linear modules here: {listing(sorted(linears))}'}"
+    )
 
 
 def _check_every_entry(modules: Mapping[str, nn.Module], wanted: Iterable[str] | str) -> None:

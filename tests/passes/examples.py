@@ -1,0 +1,140 @@
+"""For every pass: a small module, and the pass that its docstring's graphs show."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.fx import GraphModule
+from vera_fx.passes import (
+    Branch,
+    DropMetadataAsserts,
+    GraphPass,
+    InlineGradMode,
+    InsertVera,
+    Redirect,
+    RedirectParameters,
+    ShareProjection,
+    Target,
+    run_passes,
+)
+
+from vera_fx.capture import bind_live
+
+
+def graph_of(module: nn.Module, *inputs: Tensor) -> GraphModule:
+    """Export with every dimension above 1 dynamic, bound to ``module``."""
+    shapes = tuple({d: Dim.AUTO for d, size in enumerate(x.shape) if size > 1} for x in inputs)
+    exported = torch.export.export(
+        module, inputs, strict=False, dynamic_shapes=(shapes,) if len(inputs) > 1 else shapes
+    )
+    return bind_live(exported, module)
+
+
+class Holder(nn.Module):
+    """Tensors that graphs can read but that are no parameters of the module, like a bank's slot."""
+
+    def __init__(self, **tensors: Tensor) -> None:
+        super().__init__()
+        self.__dict__.update(tensors)
+
+
+class RotaryLike(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            angle = x.cos()
+        return x + angle
+
+
+class Casts(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.to(torch.float64)
+
+
+class OneLinear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(3, 5)
+        self.slot = Holder(
+            vera_A=torch.randn(2, 4),
+            vera_B=torch.randn(7, 2),
+            lambda_d=nn.Parameter(torch.randn(2)),
+            lambda_b=nn.Parameter(torch.randn(5)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lin(x)
+
+
+class TwoReaders(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.query = nn.Linear(3, 5, bias=False)
+        self.value = nn.Linear(3, 5, bias=False)
+        self.slot = Holder(
+            vera_A=torch.randn(2, 3),
+            vera_B=torch.randn(5, 2),
+            query_d=nn.Parameter(torch.randn(2)),
+            query_b=nn.Parameter(torch.randn(5)),
+            value_d=nn.Parameter(torch.randn(2)),
+            value_b=nn.Parameter(torch.randn(5)),
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.query(x), self.value(x)
+
+
+class Head(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, 5, bias=False)
+        self.slot = Holder(head_weight=nn.Parameter(torch.randn(5, 3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x)
+
+
+def one_target() -> InsertVera:
+    return InsertVera(
+        (Target("lin", 3, 5, "out_in", ("lin.weight",)),),
+        ((Branch("slot.vera_A", "slot.vera_B", "slot.lambda_d", "slot.lambda_b"),),),
+    )
+
+
+def two_targets(dropout: float = 0.0) -> InsertVera:
+    return InsertVera(
+        tuple(Target(n, 3, 5, "out_in", (f"{n}.weight",)) for n in ("query", "value")),
+        tuple(
+            (Branch("slot.vera_A", "slot.vera_B", f"slot.{n}_d", f"slot.{n}_b", dropout),)
+            for n in ("query", "value")
+        ),
+    )
+
+
+def adapted_readers() -> GraphModule:
+    graph = graph_of(TwoReaders(), torch.randn(4, 3))
+    run_passes(graph, (two_targets(),))
+    return graph
+
+
+@dataclass(frozen=True)
+class Example:
+    """A pass and a graph it has work on."""
+
+    graph_pass: GraphPass
+    build: Callable[[], GraphModule]
+
+
+EXAMPLES: dict[str, Example] = {
+    "InlineGradMode": Example(InlineGradMode(), lambda: graph_of(RotaryLike(), torch.randn(4, 3))),
+    "DropMetadataAsserts": Example(
+        DropMetadataAsserts(), lambda: graph_of(Casts(), torch.randn(4, 3))
+    ),
+    "RedirectParameters": Example(
+        RedirectParameters((Redirect("head", ("head.weight",), "slot.head_weight"),)),
+        lambda: graph_of(Head(), torch.randn(4, 3)),
+    ),
+    "InsertVera": Example(one_target(), lambda: graph_of(OneLinear(), torch.randn(4, 3))),
+    "ShareProjection": Example(ShareProjection(), adapted_readers),
+}

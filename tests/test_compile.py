@@ -1,0 +1,161 @@
+"""torch.compile: one graph per signature, no graph break, no second recompile."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import vera_fx
+from tests.helpers import assert_close, fill_vectors, gradients, loss_of, main_output, vectors_of
+from tests.models import BY_NAME, FAMILIES, Family
+
+# Inductor is exercised on two families; the others go through AOTAutograd alone, which is where
+# fullgraph, guards and dynamic shapes are decided.
+WITH_INDUCTOR = {"mlp", "llama"}
+
+
+def adapted(family: Family) -> nn.Module:
+    torch.manual_seed(0)
+    model = vera_fx.adapt(family.build(), vera_fx.VeraConfig(r=6, **family.config))
+    fill_vectors(model)
+    return model
+
+
+def cut(value: Any, batch: int, length: int) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    value = value[:batch]
+    return value[:, :length] if value.ndim == 2 and value.dtype == torch.int64 else value
+
+
+def calls(family: Family) -> Iterator[dict[str, Any]]:
+    """Batches and lengths back and forth, size 1 of either included."""
+    inputs = family.inputs()
+    sequences = "input_ids" in inputs
+    for batch, length in ((2, 7), (2, 5), (1, 7), (2, 7), *([(2, 1)] if sequences else [])):
+        yield {name: cut(value, batch, length) for name, value in inputs.items()}
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+def test_fullgraph_without_breaks_or_second_recompiles(family: Family, fresh_dynamo) -> None:
+    model = adapted(family)
+    backend = "inductor" if family.name in WITH_INDUCTOR else "aot_eager"
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+
+    def run(*, check: bool) -> None:
+        for train in (True, False, True):
+            model.train(train)
+            for inputs in calls(family):
+                torch.manual_seed(5)
+                result = compiled(**inputs)
+                if check and not train:
+                    assert_close(main_output(result), main_output(model(**inputs)), factor=10)
+                if train:
+                    loss_of(result).backward()
+
+    run(check=True)
+    warm = counter.frame_count
+    with torch.compiler.set_stance("fail_on_recompile"):
+        run(check=False)
+
+    signatures = len(vera_fx.explain(model).graphs)
+    assert warm == counter.frame_count
+    assert warm <= 2 * signatures, "more than one dynamic recompile per signature"
+    assert not fresh_dynamo["graph_break"]
+
+
+@pytest.mark.parametrize("name", sorted(WITH_INDUCTOR))
+def test_compiled_gradients_agree(name: str, fresh_dynamo) -> None:
+    family = BY_NAME[name]
+    model = adapted(family).eval()
+    compiled = torch.compile(model, fullgraph=True)
+    inputs = family.inputs()
+    expected = gradients(model, lambda m: m(**inputs))
+    values = torch.autograd.grad(loss_of(compiled(**inputs)), list(vectors_of(model).values()))
+
+    for (name, value), actual in zip(expected.items(), values, strict=True):
+        assert_close(actual, value, factor=50, what=name)
+
+
+def test_more_signatures_than_the_recompile_limit(fresh_dynamo) -> None:
+    """Each signature has a code object of its own, so they never use up Dynamo's limit of 8."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(3, 5)
+
+        def forward(self, x: Tensor, scale: int) -> Tensor:
+            return self.lin(x) * scale
+
+    model = vera_fx.adapt(Scaled(), vera_fx.VeraConfig(r=2, target_modules=["lin"]))
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    x = torch.randn(4, 3)
+
+    for scale in range(2, 14):
+        assert torch.equal(compiled(x, scale), model.lin(x) * scale)
+
+
+def test_compile_in_place_and_generate(fresh_dynamo) -> None:
+    family = BY_NAME["llama"]
+    model = adapted(family).eval()
+    prompt = {"input_ids": family.inputs()["input_ids"], "max_new_tokens": 6, "do_sample": False}
+    expected = model.generate(**prompt)
+    model.compile(fullgraph=True, backend="aot_eager")
+
+    assert torch.equal(model.generate(**prompt), expected)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert torch.equal(model.generate(**prompt), expected)
+    assert not fresh_dynamo["graph_break"]
+
+
+def test_cached_call_under_compile(fresh_dynamo) -> None:
+    family = BY_NAME["t5"]
+    model = adapted(family).eval()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    ids = family.inputs()["input_ids"]
+    result = compiled(input_ids=ids, decoder_input_ids=ids, use_cache=True)
+
+    assert result.past_key_values.get_seq_length() == ids.shape[1]
+
+
+def test_inside_another_compiled_function(fresh_dynamo) -> None:
+    """Called from a larger compiled function the graph break is at our door, and harmless."""
+    model = adapted(BY_NAME["mlp"]).eval()
+    x = torch.randn(4, 10)
+
+    @torch.compile(backend="aot_eager")
+    def step(x: Tensor) -> Tensor:
+        return model(x * 2).sum() + 1
+
+    assert_close(step(x), model(x * 2).sum() + 1)
+
+
+def test_switching_adapters_does_not_recompile(fresh_dynamo) -> None:
+    family = BY_NAME["bert"]
+    torch.manual_seed(0)
+    config = vera_fx.VeraConfig(r=6, target_modules=["query", "value"])
+    model = vera_fx.adapt(family.build().eval(), config)
+    vera_fx.add_adapter(model, "other")
+    fill_vectors(model)
+    with torch.no_grad():
+        for p in model.vera.adapters["other"].parameters():
+            p.mul_(-2)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    inputs = family.inputs()
+    with torch.no_grad():
+        first = compiled(**inputs).logits
+        with torch.compiler.set_stance("fail_on_recompile"):
+            vera_fx.set_adapter(model, "other")
+            second = compiled(**inputs).logits
+            assert_close(second, model(**inputs).logits)
+            vera_fx.set_adapter(model, "default")
+            assert torch.equal(compiled(**inputs).logits, first)
+
+    assert not torch.equal(first, second)
+    assert counter.frame_count == 1

@@ -1,0 +1,93 @@
+"""Random models and shapes: the adapted graph is the eager definition, gradients included."""
+
+import copy
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import vera_fx
+from tests.helpers import (
+    assert_close,
+    assert_far_apart,
+    assert_same_gradients,
+    fill_vectors,
+    gradients,
+    hook_reference,
+    loss_of,
+    vectors_of,
+)
+from tests.strategies import Case, cases
+
+
+def adapted(case: Case) -> torch.nn.Module:
+    model = vera_fx.adapt(copy.deepcopy(case.model), case.config)
+    fill_vectors(model)
+    return model
+
+
+@given(cases())
+def test_graph_is_the_eager_definition(case: Case) -> None:
+    model = adapted(case)
+    oracle = hook_reference(case.model, model)
+    expected = oracle(case.x)
+
+    assert_close(model(case.x), expected, what="output")
+    assert_far_apart(expected, case.model(case.x))
+    vectors = list(vectors_of(model).values())
+    reference = torch.autograd.grad(loss_of(expected), vectors, allow_unused=True)
+    named = dict(zip(vectors_of(model), reference, strict=True))
+    actual = gradients(model, lambda m: m(case.x))
+    assert_same_gradients(actual, {n: torch.zeros_like(actual[n]) if g is None else g for n, g in named.items()})
+
+
+@given(cases())
+def test_every_target_is_adapted_and_reported(case: Case) -> None:
+    model = adapted(case)
+    model(case.x)
+    (graph,) = vera_fx.explain(model).graphs
+    sites = {site.partition("#")[0] for site in graph.sites}
+
+    assert sites == set(case.config.target_modules)
+
+
+@given(cases())
+def test_fresh_adapter_is_the_base_bit_for_bit(case: Case) -> None:
+    model = vera_fx.adapt(copy.deepcopy(case.model), case.config)
+
+    assert torch.equal(model(case.x), case.model(case.x))
+
+
+@given(cases())
+def test_only_vectors_train(case: Case) -> None:
+    model = adapted(case)
+    loss_of(model(case.x)).backward()
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+
+    assert trained == {n for n, _ in model.named_parameters() if "vera_lambda" in n}
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+@given(cases(), st.integers(1, 4))
+def test_other_sizes_run_the_right_graph(case: Case, size: int) -> None:
+    model = adapted(case)
+    oracle = hook_reference(case.model, model)
+    for x in (case.x, torch.randn(size, *case.x.shape[1:], dtype=case.x.dtype), case.x):
+        if x.shape[-1] == case.x.shape[-1]:
+            assert_close(model(x), oracle(x), what=str(tuple(x.shape)))
+
+
+@settings(max_examples=12)
+@given(cases(dtype=torch.float32))
+def test_compiled_equals_eager(case: Case) -> None:
+    torch._dynamo.reset()
+    model = adapted(case)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+
+    assert_close(compiled(case.x), model(case.x), what="compiled")
+    assert_same_gradients(
+        dict(zip(vectors_of(model), torch.autograd.grad(loss_of(compiled(case.x)), list(vectors_of(model).values())), strict=True))
+        if case.x.numel()
+        else gradients(model, lambda m: m(case.x)),
+        gradients(model, lambda m: m(case.x)),
+    )
