@@ -78,7 +78,9 @@ class Site:
         """The call's input as the graph has it now: adapting a site before it changes it."""
         call = _as_call(self.node)
         if call is None:
-            raise SiteError(f"{self.node.name} of target {self.target.path!r} is a linear call no more")
+            raise SiteError(
+                f"{self.node.name} of target {self.target.path!r} is a linear call no more"
+            )
         return call[0]
 
     @property

@@ -115,5 +115,7 @@ def cases(draw: st.DrawFn, dtype: torch.dtype = torch.float64, min_size: int = 0
         target_modules=targets,
         projection_prng_key=draw(st.integers(0, 3)),
     )
-    lead = draw(st.lists(st.sampled_from([s for s in (0, 1, 2, 3, 5) if s >= min_size]), max_size=3))
+    lead = draw(
+        st.lists(st.sampled_from([s for s in (0, 1, 2, 3, 5) if s >= min_size]), max_size=3)
+    )
     return Case(model, config, torch.randn(*lead, start, dtype=dtype))

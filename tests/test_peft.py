@@ -129,7 +129,9 @@ class TestGenerate:
             expected = theirs.generate(**arguments)
             torch.manual_seed(3)
             assert torch.equal(ours.generate(**arguments), expected), change
-        assert not torch.equal(base.generate(**self.prompt(family)), theirs.generate(**self.prompt(family)))
+        assert not torch.equal(
+            base.generate(**self.prompt(family)), theirs.generate(**self.prompt(family))
+        )
 
     def test_batch_of_one(self, base: nn.Module, family: Family) -> None:
         theirs, ours = peft_pair(base.eval(), **family.config)

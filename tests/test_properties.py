@@ -38,7 +38,9 @@ def test_graph_is_the_eager_definition(case: Case) -> None:
     reference = torch.autograd.grad(loss_of(expected), vectors, allow_unused=True)
     named = dict(zip(vectors_of(model), reference, strict=True))
     actual = gradients(model, lambda m: m(case.x))
-    assert_same_gradients(actual, {n: torch.zeros_like(actual[n]) if g is None else g for n, g in named.items()})
+    assert_same_gradients(
+        actual, {n: torch.zeros_like(actual[n]) if g is None else g for n, g in named.items()}
+    )
 
 
 @given(cases())
@@ -86,7 +88,13 @@ def test_compiled_equals_eager(case: Case) -> None:
 
     assert_close(compiled(case.x), model(case.x), what="compiled")
     assert_same_gradients(
-        dict(zip(vectors_of(model), torch.autograd.grad(loss_of(compiled(case.x)), list(vectors_of(model).values())), strict=True))
+        dict(
+            zip(
+                vectors_of(model),
+                torch.autograd.grad(loss_of(compiled(case.x)), list(vectors_of(model).values())),
+                strict=True,
+            )
+        )
         if case.x.numel()
         else gradients(model, lambda m: m(case.x)),
         gradients(model, lambda m: m(case.x)),

@@ -95,7 +95,7 @@ def _fill(adapter: Adapter, state: Mapping[str, Tensor], *, source: str) -> None
     """Copy every tensor of ``state`` into ``adapter``, after all of them have been checked."""
     expected = dict(_tensors(adapter))
     missing = [key for key in expected if key not in state]
-    unknown = [key for key in state if key not in expected and key not in _PROJECTIONS]
+    unknown = [k for k in state if k not in expected and k not in _PROJECTIONS and not _is_stray(k)]
     if missing or unknown:
         raise CheckpointError(
             f"{source} does not fit this model and configuration:"
@@ -112,6 +112,14 @@ def _fill(adapter: Adapter, state: Mapping[str, Tensor], *, source: str) -> None
     with torch.no_grad():
         for key, tensor in expected.items():
             tensor.copy_(state[key])
+
+
+def _is_stray(key: str) -> bool:
+    """True for the copies of a saved module's bias that PEFT writes beside it with ``bias="all"``.
+
+    PEFT 0.21.2 collects every key with "bias" in it, its own wrappers' inner names included.
+    """
+    return key.endswith("bias") and (".modules_to_save." in key or ".original_module." in key)
 
 
 def save_adapter(

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable
 
+from torch import nn
+
 from vera_fx.errors import AdapterError, listing, nearest
 
 BASE = "__base__"
@@ -25,6 +27,8 @@ def check_name(name: str, taken: Iterable[str]) -> None:
             f"{name[:80]!r} cannot be an adapter name: it must be at most {_MAX_LENGTH} characters, "
             f"without {' '.join(map(repr, bad)) or 'spaces around it'}"
         )
+    if name in vars(nn.Module()):
+        raise AdapterError(f"{name!r} cannot be an adapter name: torch keeps module state under it")
     if name == BASE:
         raise AdapterError(f"the adapter name {BASE!r} stands for the plain base model")
     if name in set(taken):

@@ -222,6 +222,8 @@ def _as_target(
             "can be adapted. Give a narrower target_modules, or name it in exclude_modules"
         )
     weight = module.weight
+    if torch.nn.parameter.is_lazy(weight):
+        raise TargetError(f"target {path!r} is lazy; call the model once before adapting it")
     _check_weight(path, weight)
     rows, columns = weight.shape
     sizes = (rows, columns, "in_out") if is_conv1d(module) else (columns, rows, "out_in")
@@ -243,5 +245,3 @@ def _check_weight(path: str, weight: Tensor) -> None:
             f"target {path!r} has a weight of dtype {weight.dtype} and shape {tuple(weight.shape)}; "
             "quantised and packed weights are not supported, leave it out of target_modules"
         )
-    if torch.nn.parameter.is_lazy(weight):
-        raise TargetError(f"target {path!r} is lazy; call the model once before adapting it")

@@ -33,7 +33,9 @@ def test_docstring_shows_what_the_pass_does(name: str) -> None:
     assert report.records[0].report.rewrites
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if EXAMPLES[n].graph_pass.numerics is Numerics.BITWISE])
+@pytest.mark.parametrize(
+    "name", [n for n in NAMES if EXAMPLES[n].graph_pass.numerics is Numerics.BITWISE]
+)
 def test_bitwise_pass_keeps_every_bit(name: str) -> None:
     example = EXAMPLES[name]
     torch.manual_seed(1)

@@ -106,6 +106,8 @@ def test_dump_writes_every_stage(tmp_path: Path) -> None:
 
 def test_limit_stops_early() -> None:
     example = EXAMPLES["InsertVera"]
-    report = run_passes(example.build(), (example.graph_pass, ShareProjection()), RunOptions(limit=1))
+    report = run_passes(
+        example.build(), (example.graph_pass, ShareProjection()), RunOptions(limit=1)
+    )
 
     assert [record.name for record in report.records] == [InsertVera.__name__]

@@ -24,7 +24,9 @@ def test_dropout_is_never_shared() -> None:
     report = run_passes(graph, (ShareProjection(),))
 
     assert products(graph) == 2
-    assert [skip.reason for _, skip in report.skips()] == ["adapter dropout draws its own mask at every site"] * 2
+    assert [skip.reason for _, skip in report.skips()] == [
+        "adapter dropout draws its own mask at every site"
+    ] * 2
 
 
 class WrittenBetween(TwoReaders):

@@ -163,4 +163,6 @@ def test_multihead_attention_out_proj_is_a_site() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.mha(x, x, x)[0]
 
-    assert [n for n, _ in sites_of(SelfAttention(), torch.randn(4, 5, 6), "out_proj")] == ["mha.out_proj"]
+    assert [n for n, _ in sites_of(SelfAttention(), torch.randn(4, 5, 6), "out_proj")] == [
+        "mha.out_proj"
+    ]
