@@ -87,6 +87,12 @@ def gradients(model: nn.Module, call: Callable[[nn.Module], Any]) -> dict[str, T
     return {n: z if v is None else v for n, v, z in zip(vectors, values, zeros, strict=True)}
 
 
+def input_gradient(model: nn.Module, x: Tensor) -> Tensor:
+    """Gradient of the input, which the branch's products take part in as well."""
+    x = x.detach().clone().requires_grad_()
+    return torch.autograd.grad(loss_of(model(x)), x)[0]
+
+
 def assert_same_gradients(
     actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, factor: float = 10.0
 ) -> None:

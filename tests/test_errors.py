@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import vera_fx
-from tests.models import MLP, BY_NAME
+from tests.models import BY_NAME, MLP
 
 
 def state_of(model: nn.Module) -> dict:

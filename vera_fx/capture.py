@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.fx import Graph, GraphModule
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.fx.graph import CodeGen
 
 from vera_fx._torch import TreeSpec
@@ -65,11 +66,12 @@ class Guards:
     """What sizes a captured graph admits: fixed ones, and relations found while tracing."""
 
     def __init__(self, values: list[Tensor]) -> None:
+        # A size that tracing has fixed may still be a SymInt, one that stands for a constant.
         self._fixed = [
-            (index, dim, size)
+            (index, dim, int(size))
             for index, value in enumerate(values)
             for dim, size in enumerate(value.shape)
-            if isinstance(size, int)
+            if is_concrete_int(size)
         ]
         symbols = [s for v in values for s in v.shape if isinstance(s, torch.SymInt)]
         self._env = symbols[0].node.shape_env if symbols else None

@@ -6,8 +6,6 @@ from typing import ClassVar
 
 import pytest
 import torch
-
-from tests.passes.examples import EXAMPLES, adapted_readers
 from vera_fx.passes import (
     InsertVera,
     Numerics,
@@ -19,6 +17,8 @@ from vera_fx.passes import (
     graph_text,
     run_passes,
 )
+
+from tests.passes.examples import EXAMPLES, adapted_readers
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+from vera_fx.passes import SiteError, cleanup, find_sites, run_passes
 
 from tests.passes.examples import graph_of
 from vera_fx.config import VeraConfig
-from vera_fx.passes import SiteError, cleanup, find_sites, run_passes
 from vera_fx.targets import resolve_targets
 
 
