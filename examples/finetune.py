@@ -127,6 +127,79 @@ def bundled_model() -> Path:
     return Path(spec.submodule_search_locations[0]) / "model"
 
 
+def compare(
+    model: Any, fresh: Any, batches: Batches, examples: list[Example]
+) -> tuple[bool, float]:
+    """Do two models predict the same classes, and how far are their logits apart at most?"""
+    first, second = logits_of(model, batches, examples), logits_of(fresh, batches, examples)
+    same = torch.equal(first.argmax(-1), second.argmax(-1))
+    return same, (first - second).abs().max().item()
+
+
+def show(rows: dict[str, str]) -> None:
+    """Print the result as a table."""
+    table = Table("result", "", show_header=False)
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)
+
+
+def split(model: Any) -> str:
+    """How many trainable parameters are vectors, and how many belong to the head."""
+    named = [(n, p.numel()) for n, p in model.named_parameters() if p.requires_grad]
+    vectors = sum(count for name, count in named if "vera_lambda" in name)
+    return f"{vectors:,} / {sum(count for _, count in named) - vectors:,}"
+
+
+def run(
+    dataset: Dataset, folder: Path, output: Path, config: vera_fx.VeraConfig, options: "Options"
+) -> bool:
+    """Adapt, train, save, reload; prints the result and returns whether the reload agrees."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    batches = Batches(tokenizer, options.batch_size, options.length)
+    model = vera_fx.adapt(load_base(folder, dataset.classes, options.seed), config).eval()
+    held_out = dataset.held_out
+    console.print(f"{len(dataset.train):,} sentences to train on, {len(held_out):,} held out")
+    before = accuracy(logits_of(model, batches, held_out), held_out)
+    if options.compile_model:
+        console.print("compiling at the first step (half a minute)")
+    compiled = torch.compile(model, dynamic=True) if options.compile_model else model
+    seconds = train(model, compiled, batches, dataset, options.epochs, options.rate)
+    after = accuracy(logits_of(model, batches, held_out), held_out)
+    vera_fx.save_adapter(model, output)
+
+    fresh = vera_fx.load_adapter(
+        load_base(folder, dataset.classes, options.seed + 1).eval(), output
+    )
+    same, distance = compare(model, fresh, batches, held_out)
+    size = (output / "adapter_model.safetensors").stat().st_size
+    summary = vera_fx.parameter_summary(model)
+    show({
+        "held-out accuracy before": f"{before:.1%}",
+        "held-out accuracy after": f"{after:.1%}",
+        "reloaded into a fresh model": "same predictions" if same else "OTHER PREDICTIONS",
+        "largest difference of a logit": f"{distance:.1e}",
+        "trainable parameters": f"{summary.trainable:,} of {summary.total:,}",
+        "of these vectors / head": split(model),
+        "adapter file": f"{size / 1024:,.0f} KiB",
+        "median step": f"{1e3 * sorted(seconds)[len(seconds) // 2]:.0f} ms",
+        "files": str(output),
+    })  # fmt: skip
+    return same
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to train."""
+
+    epochs: int
+    batch_size: int
+    length: int
+    rate: float
+    seed: int
+    compile_model: bool
+
+
 def main(
     data: Annotated[Path, typer.Option(help="TSV, CSV or JSONL file, may be gzipped")] = HERE
     / "data/sentiment/movies.tsv.gz",
@@ -135,9 +208,7 @@ def main(
     classes: Annotated[
         bool, typer.Option("--classes", help="labels are classes, not ratings")
     ] = False,
-    model_folder: Annotated[
-        Path | None, typer.Option("--model", help="folder of a HF model")
-    ] = None,
+    model: Annotated[Path | None, typer.Option(help="folder of a Hugging Face model")] = None,
     output: Annotated[Path, typer.Option(help="where the adapter goes")] = Path("out/adapter"),
     rank: Annotated[int, typer.Option(help="VeRA's rank r")] = 256,
     targets: Annotated[str, typer.Option(help="comma-separated, or all-linear")] = "query,value",
@@ -153,63 +224,18 @@ def main(
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     random.seed(seed)
+    options = Options(epochs, batch_size, length, rate, seed, compile_model)
     try:
         dataset = read_dataset(
             data, text=text, label=label, ratings=not classes, held_out=held_out, seed=seed
         )
-        folder = model_folder or bundled_model()
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        batches = Batches(tokenizer, batch_size, length)
         chosen = targets if targets == "all-linear" else targets.split(",")
         config = vera_fx.VeraConfig(r=rank, target_modules=chosen, task_type="SEQ_CLS")
-        model = vera_fx.adapt(load_base(folder, dataset.classes, seed), config).eval()
+        same = run(dataset, model or bundled_model(), output, config, options)
     except (DataError, OSError, vera_fx.VeraFxError) as error:
         console.print(f"error: {error}", style="red", markup=False)
         sys.exit(2)
-    console.print(
-        f"{len(dataset.train):,} sentences to train on, {held_out:,} held out; {folder.name} on {data.name}"
-    )
-    before = accuracy(logits_of(model, batches, dataset.held_out), dataset.held_out)
-    if compile_model:
-        console.print("compiling at the first step (half a minute)")
-    seconds = train(
-        model,
-        torch.compile(model, dynamic=True) if compile_model else model,
-        batches,
-        dataset,
-        epochs,
-        rate,
-    )
-    trained = logits_of(model, batches, dataset.held_out)
-    vera_fx.save_adapter(model, output)
-
-    fresh = vera_fx.load_adapter(load_base(folder, dataset.classes, seed + 1).eval(), output)
-    reloaded = logits_of(fresh, batches, dataset.held_out)
-    same = torch.equal(reloaded.argmax(-1), trained.argmax(-1))
-    summary = vera_fx.parameter_summary(model)
-    weights = output / "adapter_model.safetensors"
-    table = Table("result", "", show_header=False)
-    for name, value in (
-        ("held-out accuracy before", f"{before:.1%}"),
-        ("held-out accuracy after", f"{accuracy(trained, dataset.held_out):.1%}"),
-        ("reloaded into a fresh model", "same predictions" if same else "OTHER PREDICTIONS"),
-        ("largest difference of a logit", f"{(reloaded - trained).abs().max().item():.1e}"),
-        ("trainable parameters", f"{summary.trainable:,} of {summary.total:,}"),
-        ("of these vectors / head", _split(model)),
-        ("adapter file", f"{weights.stat().st_size / 1024:,.0f} KiB"),
-        ("median step", f"{1e3 * sorted(seconds)[len(seconds) // 2]:.0f} ms"),
-        ("files", str(output)),
-    ):
-        table.add_row(name, value)
-    console.print(table)
-    if not same:
-        sys.exit(1)
-
-
-def _split(model: Any) -> str:
-    named = [(n, p.numel()) for n, p in model.named_parameters() if p.requires_grad]
-    vectors = sum(count for name, count in named if "vera_lambda" in name)
-    return f"{vectors:,} / {sum(count for _, count in named) - vectors:,}"
+    sys.exit(0 if same else 1)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
@@ -98,7 +97,7 @@ def emit(
         tag: which pass made the node, for which site, in which role.
     """
     node = gm.graph.create_node("call_function", target, args, name=tag.role or None)
-    fake_args = cast("tuple[Any, ...]", map_arg(args, value_of))
+    fake_args = map_arg(args, value_of)
     with torch.no_grad(), fake_mode_of(like):
         node.meta["val"] = target(*fake_args)
     for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
@@ -155,9 +154,10 @@ def written_between(first: Node, last: Node) -> bool:
 
 def _written(node: Node) -> list[Node]:
     """The arguments that the operator of ``node`` writes to."""
-    if not isinstance(node.target, OpOverload):
+    schema = _schema(node)
+    if schema is None:
         return []
-    arguments = zip(node.target._schema.arguments, node.args, strict=False)
+    arguments = zip(schema.arguments, node.args, strict=False)
     return [
         value
         for argument, value in arguments
@@ -169,12 +169,18 @@ def _written(node: Node) -> list[Node]:
 
 def _storage_root(node: Node) -> Node:
     """The node whose storage ``node`` may be a view of, through operators that return views."""
-    while isinstance(node.target, OpOverload):
+    while (schema := _schema(node)) is not None:
         source = node_arg(node, 0)
-        if source is None or not any(result.alias_info for result in node.target._schema.returns):
+        if source is None or not any(result.alias_info for result in schema.returns):
             break
         node = source
     return node
+
+
+def _schema(node: Node) -> Any:
+    """The schema of the operator that ``node`` calls; torch has no public way to it."""
+    target = cast("object", node.target)
+    return getattr(target, "_schema", None)
 
 
 def graph_text(gm: GraphModule) -> str:

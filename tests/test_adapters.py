@@ -1,7 +1,6 @@
 """Several adapters: add, switch, sum, disable, delete, merge; the base always comes back."""
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -226,14 +225,14 @@ class TestTrainedCopies:
     """``modules_to_save`` and biases: each adapter its own, the base untouched."""
 
     @pytest.fixture
-    def head_model(self) -> Iterator[nn.Module]:
+    def head_model(self) -> nn.Module:
         torch.manual_seed(0)
         config = vera_fx.VeraConfig(
             r=4, target_modules=["lin0"], modules_to_save=["lin1"], bias="vera_only"
         )
         model = vera_fx.adapt(MLP().eval(), config)
         vera_fx.add_adapter(model, "other")
-        yield model
+        return model
 
     def train(self, model: nn.Module) -> None:
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)

@@ -77,8 +77,8 @@ def test_compiled_gradients_agree(name: str, fresh_dynamo) -> None:
     expected = gradients(model, lambda m: m(**inputs))
     values = torch.autograd.grad(loss_of(compiled(**inputs)), list(vectors_of(model).values()))
 
-    for (name, value), actual in zip(expected.items(), values, strict=True):
-        assert_close(actual, value, factor=50, what=name)
+    for (vector, value), actual in zip(expected.items(), values, strict=True):
+        assert_close(actual, value, factor=50, what=vector)
 
 
 def test_more_signatures_than_the_recompile_limit(fresh_dynamo) -> None:

@@ -35,7 +35,7 @@ def skip_frame(fn: Callable[P, R]) -> Callable[P, R]:
     return fn
 
 
-def stamp(dicts: Iterable[dict[str, Any]]) -> int:
+def stamp(dicts: Iterable[dict[Any, Any]]) -> int:
     """A number that grows whenever any of ``dicts`` changes (a key set to another value).
 
     Dynamo's own dictionary versions, which are globally unique and only ever increase.

@@ -17,7 +17,7 @@ from vera_fx.errors import TargetError, listing, nearest
 from vera_fx.hooks import EagerBranch, EagerCopy, EagerHook
 from vera_fx.passes import Target
 from vera_fx.projections import draw_projections
-from vera_fx.targets import base_modules, tensor_paths, with_default_targets
+from vera_fx.targets import base_modules, tensor_paths, weight_of, with_default_targets
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -50,7 +50,7 @@ def blueprint(
         TargetError: ``modules_to_save`` names a module that does not exist, or the targets are
             spread over devices.
     """
-    devices = {str(model.get_submodule(path).weight.device) for path in targets}
+    devices = {str(weight_of(model, path).device) for path in targets}
     if len(devices) > 1:
         raise TargetError(
             f"the targets lie on several devices ({listing(sorted(devices))}); "
@@ -66,7 +66,7 @@ def draw(model: nn.Module, plan: Blueprint) -> tuple[Tensor, Tensor]:
     sizes = [(t.in_features, t.out_features) for t in plan.targets.values()]
     max_in, max_out = (max(column) for column in zip(*sizes, strict=True))
     pair = draw_projections(plan.config.r, max_in, max_out, plan.config.projection_prng_key)
-    weights = [model.get_submodule(path).weight for path in plan.targets]
+    weights = [weight_of(model, path) for path in plan.targets]
     vera_A, vera_B = (_through_base_dtypes(t, weights, autocast=plan.autocast) for t in pair)
     return vera_A, vera_B
 
@@ -86,7 +86,7 @@ def build_adapter(model: nn.Module, plan: Blueprint, *, trainable: bool = True) 
     """A fresh adapter; `install` gives it its projections."""
     adapter = Adapter(plan.config, projections="", trainable=trainable)
     for path, target in plan.targets.items():
-        weight = model.get_submodule(path).weight
+        weight = weight_of(model, path)
         d, b = (
             _through_base_dtypes(t, [weight], autocast=plan.autocast)
             for t in _first_vectors(plan.config, target)
@@ -95,7 +95,7 @@ def build_adapter(model: nn.Module, plan: Blueprint, *, trainable: bool = True) 
     for path in plan.saved:
         adapter.copies.put(path, copy.deepcopy(model.get_submodule(path)))
     for path in plan.biases:
-        adapter.copies.put(path, TrainedBias(model.get_submodule(path).bias))
+        adapter.copies.put(path, TrainedBias(attribute_of(model.get_submodule(path), "bias")))
     return adapter
 
 
@@ -160,7 +160,8 @@ def attribute_of(root: nn.Module, path: str) -> Tensor:
 
 def _hook(module: nn.Module, hook: EagerHook) -> None:
     hooks = module._forward_hooks.values()
-    if not any(type(known) is type(hook) and known.path == hook.path for known in hooks):
+    known = (h for h in hooks if isinstance(h, EagerHook))
+    if not any(type(h) is type(hook) and h.path == hook.path for h in known):
         module.register_forward_hook(hook, with_kwargs=True)
 
 

@@ -132,7 +132,7 @@ def _export(
     try:
         with _tracing(model):
             return torch.export.export(
-                shell, (), inputs, strict=False, dynamic_shapes=_dynamic_shapes(inputs)
+                shell, (), inputs, strict=False, dynamic_shapes=cast("Any", _dynamic_shapes(inputs))
             )
     except Exception as error:
         raise CaptureError(_explain(model, call, error)) from error

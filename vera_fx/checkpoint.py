@@ -82,8 +82,8 @@ def load_adapter_state_dict(
     check_known(name, bank.adapters)
     adapter = bank.adapter(name)
     pair = bank.projections_of(adapter)
-    given = [state.get(key) for key in _PROJECTIONS]
-    if all(isinstance(value, Tensor) for value in given) and not pair.equals(*given):
+    given = [state[key] for key in _PROJECTIONS if key in state]
+    if len(given) == len(_PROJECTIONS) and not pair.equals(given[0], given[1]):
         raise CheckpointError(
             f"the projections given for adapter {name!r} differ from those it was made with; "
             "load the files under another name with load_adapter"

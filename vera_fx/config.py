@@ -105,10 +105,11 @@ class VeraConfig:
 
     def _check_layers(self) -> None:
         layers = self.layers_to_transform
-        if layers is not None and not _is_int(layers):
-            if isinstance(layers, str) or not all(_is_int(layer) for layer in layers):
-                raise ConfigError(f"layers_to_transform must be integers, got {layers!r}")
+        if isinstance(layers, Sequence) and not isinstance(layers, str):
             self._set("layers_to_transform", tuple(layers))
+        checked = layers if isinstance(layers, Sequence) else () if layers is None else (layers,)
+        if isinstance(layers, str) or not all(_is_int(layer) for layer in checked):
+            raise ConfigError(f"layers_to_transform must be integers, got {layers!r}")
         if self.layers_pattern and layers is None:
             raise ConfigError(
                 "layers_pattern was given without layers_to_transform; give both or none"

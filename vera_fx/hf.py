@@ -3,7 +3,7 @@
 import contextlib
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -19,7 +19,7 @@ def register_types(model: nn.Module) -> None:
     if is_pretrained(model):
         from transformers.exporters.exporter_dynamo import register_cache_pytrees_for_model
 
-        register_cache_pytrees_for_model(model)
+        register_cache_pytrees_for_model(cast("Any", model))
 
 
 @contextlib.contextmanager

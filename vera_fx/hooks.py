@@ -5,7 +5,7 @@ layer: such calls never reach the model's forward, so no graph serves them. Hook
 eagerly what the graph would. Graphs do not call modules, so inside of them no hook ever runs.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -69,7 +69,7 @@ class EagerCopy(EagerHook):
         for name in self.bank.computing():
             copy = self.bank.adapter(name).copies.by_path.get(self.path)
             if isinstance(copy, TrainedBias):
-                output = output + (copy.bias - module.bias)
+                output = output + (copy.bias - cast("Tensor", module.bias))
             elif copy is not None:
                 output = copy(*args, **kwargs)
         return output

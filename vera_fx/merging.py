@@ -15,6 +15,7 @@ from vera_fx.names import check_known
 from vera_fx.passes import Target
 from vera_fx.reference import vera_delta
 from vera_fx.runtime import require_adapted
+from vera_fx.targets import weight_of
 
 
 def merge(
@@ -112,7 +113,7 @@ def _deltas(
             continue
         with torch.no_grad():
             delta = _delta(target, vectors.vera_lambda_d, vectors.vera_lambda_b, pair)
-        yield model.get_submodule(path).weight, delta
+        yield weight_of(model, path), delta
 
 
 def _delta(target: Target, d: Tensor, b: Tensor, pair: Any) -> Tensor:
@@ -135,7 +136,7 @@ def _check_finite(model: nn.Module, bank: AdapterBank, names: Iterable[str]) -> 
 
 def _changed(model: nn.Module, adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
     for path in adapter.vectors.by_path:
-        yield path, model.get_submodule(path).weight
+        yield path, weight_of(model, path)
 
 
 def _add(model: nn.Module, bank: AdapterBank, adapter: Adapter, *, sign: int) -> None:

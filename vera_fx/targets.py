@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +58,11 @@ def with_default_targets(model: nn.Module, config: VeraConfig) -> VeraConfig:
     if config.target_modules is not None:
         return config
     return dataclasses.replace(config, target_modules=_default(model))
+
+
+def weight_of(model: nn.Module, path: str) -> Tensor:
+    """The weight of the linear module at ``path``."""
+    return cast("Tensor", model.get_submodule(path).weight)
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -221,15 +227,17 @@ def _as_target(
             f"target {path!r} is a {type(module).__name__}; only nn.Linear and Hugging Face's Conv1D "
             "can be adapted. Give a narrower target_modules, or name it in exclude_modules"
         )
-    weight = module.weight
+    weight = cast("Tensor", module.weight)
     if torch.nn.parameter.is_lazy(weight):
         raise TargetError(f"target {path!r} is lazy; call the model once before adapting it")
     _check_weight(path, weight)
     rows, columns = weight.shape
-    sizes = (rows, columns, "in_out") if is_conv1d(module) else (columns, rows, "out_in")
+    flipped = is_conv1d(module)
     return Target(
         path,
-        *sizes,
+        in_features=rows if flipped else columns,
+        out_features=columns if flipped else rows,
+        layout="in_out" if flipped else "out_in",
         weights=tuple(tensors.get(id(weight), ())),
         aliases=tuple(alias for alias in modules[id(module)] if alias != path),
     )

@@ -28,8 +28,10 @@ class StateWatch:
         self._ignored_hook = ignored_hook
         configs = {id(c): c for m in modules if (c := m.__dict__.get("config")) is not None}
         self._configs = [config for config in configs.values() if hasattr(config, "__dict__")]
-        self._attributes = [obj.__dict__ for obj in (*modules, *self._configs)]
-        self._hooks: list[dict[int, Any]] = []
+        self._attributes: list[dict[Any, Any]] = [
+            obj.__dict__ for obj in (*modules, *self._configs)
+        ]
+        self._hooks: list[dict[Any, Any]] = []
         self._seen = (-1, -1)
         self._states: dict[Hashable, int] = {}
         self._current = -1

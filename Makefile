@@ -1,0 +1,38 @@
+# Two commands set everything up on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+DATA = examples/data/sentiment
+
+.PHONY: demo test test-all lint types bench clean
+
+# One stamp per set of extras; they share the virtual environment.
+$(VENV)/.%: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$*]"
+	touch $@
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/finetune.py
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-all: $(VENV)/.test
+	VERA_FX_HYPOTHESIS=deep $(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# pyright sees the package as it is installed, where passes/ is vera_fx/passes.
+types: $(VENV)/.dev
+	rm -rf build/types && mkdir -p build/types
+	cp -r vera_fx build/types/vera_fx && cp -r passes build/types/vera_fx/passes
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+bench: $(VENV)/.test
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf $(VENV) build out .pytest_cache .ruff_cache .hypothesis
