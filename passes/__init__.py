@@ -13,21 +13,38 @@ from ._protocol import (
     Skip,
 )
 from ._runner import PassRecord, PipelineReport, RunOptions, run_passes
+from .choose_plans import (
+    PLANS,
+    Assignment,
+    Choice,
+    SiteGroup,
+    Workload,
+    choose_plans,
+    site_groups,
+)
 from .drop_metadata_asserts import DropMetadataAsserts
 from .inline_grad_mode import InlineGradMode
 from .insert_vera import Branch, InsertVera
+from .lower_branch import LowerBranch
+from .merge_weight import MergeWeight
 from .redirect_parameters import Redirect, RedirectParameters
+from .scale_branch import ScaleBranch
 from .share_projection import ShareProjection
 from .sites import Site, SiteSearch, Target, find_sites
 
 __all__ = [
     "META_KEY",
+    "PLANS",
     "AdaptationPlan",
+    "Assignment",
     "Branch",
+    "Choice",
     "DropMetadataAsserts",
     "GraphPass",
     "InlineGradMode",
     "InsertVera",
+    "LowerBranch",
+    "MergeWeight",
     "Numerics",
     "PassContractError",
     "PassRecord",
@@ -37,19 +54,24 @@ __all__ = [
     "RedirectParameters",
     "Rewrite",
     "RunOptions",
+    "ScaleBranch",
     "ShareProjection",
     "Site",
     "SiteError",
+    "SiteGroup",
     "SiteSearch",
     "Skip",
     "Tag",
     "Target",
+    "Workload",
     "adaptation",
+    "choose_plans",
     "cleanup",
     "find_sites",
     "graph_text",
     "module_paths",
     "run_passes",
+    "site_groups",
     "tag_of",
 ]
 
@@ -68,10 +90,13 @@ class AdaptationPlan:
     redirects: tuple[Redirect, ...] = ()
 
 
-def adaptation(plan: AdaptationPlan) -> tuple[GraphPass, ...]:
+def adaptation(plan: AdaptationPlan, assignment: Assignment) -> tuple[GraphPass, ...]:
     """The passes that turn a captured graph into an adapted graph, in order."""
     return (
         RedirectParameters(plan.redirects),
         InsertVera(plan.targets, plan.branches),
+        LowerBranch(enabled=not assignment.exact),
         ShareProjection(),
+        MergeWeight(assignment.merged, assignment.dense),
+        ScaleBranch(assignment.scaled),
     )

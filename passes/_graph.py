@@ -22,6 +22,7 @@ class Tag:
     made_by: str
     site: str = ""
     role: str = ""
+    branch: int = 0
 
 
 def tag_of(node: Node) -> Tag | None:

@@ -8,7 +8,7 @@ from torch.fx import GraphModule, Node
 from ._graph import tag_of, written_between
 from ._protocol import Numerics, PassReport, Rewrite, Skip
 
-_SHARED = ("cast_in", "cut_A", "cut_B", "z")
+_SHARED = ("cast_in", "cut_A", "cut_B", "A_half", "B_half", "z")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ class ShareProjection:
         skips: list[Skip] = []
         for node in list(gm.graph.nodes):
             tag = tag_of(node)
-            if tag is None or tag.made_by != "InsertVera":
+            if tag is None:
                 continue
             if tag.role == "dropout":
                 skips.append(Skip(tag.site, "adapter dropout draws its own mask at every site"))

@@ -194,6 +194,20 @@ def _calls_of_parametrised(gm: GraphModule, by_path: Mapping[str, Target]) -> di
     return calls
 
 
+def linear_operands(node: Node) -> tuple[Node, Node, Node | None, str]:
+    """Input, weight, bias and the weight's orientation of a linear call of a site."""
+    call = _as_call(node)
+    if call is None:
+        raise TypeError(f"{node.name} is no linear call")
+    x, weight, layout = call
+    bias = node_arg(node, 2 if layout == "out_in" else 0) if _takes_bias(node) else None
+    return x, weight, bias, layout
+
+
+def _takes_bias(node: Node) -> bool:
+    return is_call(node, aten.linear.default, aten.addmm.default)
+
+
 def _as_call(node: Node) -> tuple[Node, Node, str] | None:
     """``node`` as a linear call (input, weight, the weight's orientation); None if it is none."""
     if is_call(node, aten.linear.default):
@@ -204,7 +218,8 @@ def _as_call(node: Node) -> tuple[Node, Node, str] | None:
         x, weight, layout = node_arg(node, 0), node_arg(node, 1), "in_out"
     else:
         return None
-    return None if x is None or weight is None else (x, weight, layout)
+    # addmm(..., alpha=2) scales the product, and such a call is no linear layer's.
+    return None if x is None or weight is None or node.kwargs else (x, weight, layout)
 
 
 _FLIP = {"out_in": "in_out", "in_out": "out_in"}

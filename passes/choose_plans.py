@@ -1,0 +1,203 @@
+"""Chooses how each site's branch is computed, by a model of products and memory traffic.
+
+Shape letters: T tokens, I in_features, O out_features, R rank.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch.fx import GraphModule, Node
+
+from ._graph import tensor_of
+from .sites import Target, find_sites
+
+PLANS = ("factored", "scaled", "merged", "dense")
+
+_BALANCE = 12.0
+"""Floating-point operations that take as long as moving one float32 element to or from memory."""
+
+_LAUNCH = 2e5
+"""What one more operator costs in the same unit: about a microsecond."""
+
+
+_TOLERATED = 0.05
+"""How much more than the best an existing graph's plans may cost, as a share of the base's work."""
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """The plan of every site; hashable, so that graphs can be kept by it.
+
+    Attributes:
+        merged: names of the sites whose plan it is; likewise `dense` and `scaled`. The rest are
+            factored.
+        exact: keep the order and dtypes of PEFT's operations, also over half-precision bases.
+    """
+
+    merged: frozenset[str] = frozenset()
+    dense: frozenset[str] = frozenset()
+    scaled: frozenset[str] = frozenset()
+    exact: bool = False
+
+    def plan_of(self, site: str) -> str:
+        """The plan of one site, by name."""
+        for name in ("merged", "dense", "scaled"):
+            if site in getattr(self, name):
+                return name
+        return "factored"
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What the chooser must know beside the graph.
+
+    Attributes:
+        ranks: rank of each active adapter.
+        trains: gradients of the vectors will be taken.
+        half: the base computes in half precision, where merging would round the update away.
+        restricted: why no other plan than factored is possible (dropout, autocast), or nothing.
+        request: ``"auto"`` or the plan that the user asked for.
+    """
+
+    ranks: tuple[int, ...]
+    trains: bool
+    half: bool = False
+    restricted: str = ""
+    request: str = "auto"
+
+
+@dataclass(slots=True)
+class Choice:
+    """The result of `choose_plans`: an assignment, its cost, and a reason for every site."""
+
+    assignment: Assignment
+    reasons: dict[str, str] = field(default_factory=dict[str, str])
+    cost: float = 0.0
+    base_cost: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class SiteGroup:
+    """Sites that read one input, and so can share one ``x @ A.T``.
+
+    Attributes:
+        sites: name and target of each.
+        leading: the input's leading dimensions; sizes left open are SymInts.
+    """
+
+    sites: tuple[tuple[str, Target], ...]
+    leading: tuple[int | torch.SymInt, ...]
+
+
+def site_groups(gm: GraphModule, targets: Sequence[Target]) -> tuple[SiteGroup, ...]:
+    """The sites of a captured graph, before any branch is inserted, grouped by their input."""
+    by_input: dict[tuple[Node, int], list[tuple[str, Target]]] = {}
+    for site in find_sites(gm, targets).sites:
+        key = (site.x, site.target.in_features)
+        by_input.setdefault(key, []).append((site.name, site.target))
+    return tuple(
+        SiteGroup(tuple(sites), tuple(tensor_of(x).shape[:-1]))
+        for (x, _), sites in by_input.items()
+    )
+
+
+def choose_plans(
+    groups: Sequence[SiteGroup],
+    tokens: Sequence[int],
+    work: Workload,
+    known: Iterable[Assignment] = (),
+) -> Choice:
+    """Choose a plan for every site.
+
+    Args:
+        groups: the graph's sites, by `site_groups`.
+        tokens: for each group, how many rows its input has for the sizes at hand.
+        work: ranks and restrictions.
+        known: assignments that graphs exist for. One of them is kept if it costs at most 5 % of
+            the sites' whole work more than the best, so that few graphs have to be compiled.
+    """
+    sized = list(zip(groups, tokens, strict=True))
+    best = _choice(sized, work, lambda costs, _: _best(costs, work))
+    for assignment in known:
+        other = _choice(sized, work, lambda _, name, a=assignment: a.plan_of(name))
+        if not work.restricted and other.cost - best.cost <= _TOLERATED * best.base_cost:
+            return other
+    return best
+
+
+def _choice(
+    sized: Sequence[tuple[SiteGroup, int]],
+    work: Workload,
+    plan_of: Callable[[Mapping[str, float], str], str],
+) -> Choice:
+    choice = Choice(Assignment())
+    plans: dict[str, str] = {}
+    for group, tokens in sized:
+        for name, target in group.sites:
+            costs = plan_costs(tokens, target, work, sharing=len(group.sites))
+            plan = plans[name] = plan_of(costs, name)
+            choice.cost += costs[plan]
+            choice.base_cost += _base_cost(tokens, target, trains=work.trains)
+            choice.reasons[name] = _reason(costs, tokens, work)
+    names = {p: frozenset(n for n, q in plans.items() if q == p) for p in PLANS}
+    choice.assignment = Assignment(
+        names["merged"], names["dense"], names["scaled"], exact=work.request == "factored"
+    )
+    return choice
+
+
+def _best(costs: Mapping[str, float], work: Workload) -> str:
+    if work.restricted:
+        return "factored"
+    return min(allowed(work), key=costs.__getitem__) if work.request == "auto" else work.request
+
+
+def allowed(work: Workload) -> tuple[str, ...]:
+    """The plans that the chooser may take of its own accord."""
+    if work.restricted or work.half or len(work.ranks) != 1:
+        return ("factored",)
+    return PLANS
+
+
+def _reason(costs: Mapping[str, float], tokens: int, work: Workload) -> str:
+    if work.restricted:
+        return work.restricted
+    if work.request != "auto":
+        return "asked for"
+    if work.half:
+        return "merging would round in the base's half precision"
+    if len(work.ranks) != 1:
+        return "several adapters are active"
+    share = ", ".join(f"{name} {costs[name] / costs['factored']:.2f}" for name in PLANS)
+    return f"{tokens} tokens: {share}"
+
+
+def _base_cost(T: int, target: Target, *, trains: bool) -> float:
+    return (4.0 if trains else 2.0) * T * target.in_features * target.out_features
+
+
+def plan_costs(T: int, target: Target, work: Workload, *, sharing: int) -> dict[str, float]:
+    """Cost of each plan beyond the base's own products, in floating-point operations.
+
+    ``x @ A.T`` is divided among the ``sharing`` sites that read the input. In training the gradient
+    of the input is counted in full: only the first sites of a model do without.
+    """
+    I, O = target.in_features, target.out_features  # noqa: E741
+    costs: dict[str, float] = dict.fromkeys(PLANS, 0.0)
+    for R in work.ranks:
+        project, expand, fold = 2.0 * T * I * R / sharing, 2.0 * T * R * O, 2.0 * O * I * R
+        rows, passes, scales = T * O * _BALANCE, T * R * _BALANCE, O * R * _BALANCE
+        weight = O * I * _BALANCE
+        costs["factored"] += project + expand + 2 * passes + 3 * rows + 6 * _LAUNCH
+        costs["scaled"] += project + expand + 3 * scales + 2 * rows + 6 * _LAUNCH
+        costs["merged"] += (
+            fold + project * (not work.trains) + 2 * scales + 2 * weight + 4 * _LAUNCH
+        )
+        costs["dense"] += fold + 2 * scales + 2 * weight + 4 * _LAUNCH
+        if work.trains:
+            costs["factored"] += expand + project + 3 * rows + 4 * passes
+            costs["scaled"] += 2 * expand + project + 4 * scales
+            costs["merged"] += project + expand + 3 * scales
+            costs["dense"] += 2.0 * T * I * O + fold + 3 * scales
+    return costs

@@ -1,0 +1,119 @@
+"""Compute a site with one product by a merged weight, instead of base and branch apart."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch.fx import GraphModule, Node
+
+from ._graph import Tag, emit, replace_uses, tag_of
+from ._protocol import Numerics, PassReport, Rewrite, Skip
+from .branches import InsertedBranch, erase_unused, inserted_branches
+from .functions import merged_linear
+from .sites import linear_operands
+
+aten = torch.ops.aten
+
+_ME = "MergeWeight"
+
+
+@dataclass(frozen=True, slots=True)
+class MergeWeight:
+    """Replace ``x @ W.T + branch(x)`` by ``x @ (W + diag(b) B diag(d) A).T`` at chosen sites.
+
+    Merging costs O*I*R once; the branch costs T*R*(I + O) forward and again for the input's
+    gradient. So merging pays where the tokens T exceed about I*O/(I + O), whatever the rank. The
+    vectors' gradients take one product, ``G.T @ z``, or by way of ``G.T @ x`` where R is large.
+
+    Before::
+
+        %lin_weight: f32[5, 3] = lin.weight
+        %lin_bias: f32[5] = lin.bias
+        %x: f32[s0, 3] = input
+        %slot_vera_a: f32[2, 4] = slot.vera_A
+        %slot_vera_b: f32[7, 2] = slot.vera_B
+        %slot_lambda_d: f32[2] = slot.lambda_d
+        %slot_lambda_b: f32[5] = slot.lambda_b
+        %linear: f32[s0, 5] = linear(%x, %lin_weight, %lin_bias)
+        %cut_A: f32[2, 3] = slice(%slot_vera_a, 1, 0, 3)
+        %z: f32[s0, 2] = linear(%x, %cut_A)
+        %h: f32[s0, 2] = mul(%z, %slot_lambda_d)
+        %cut_B: f32[5, 2] = slice(%slot_vera_b, 0, 0, 5)
+        %u: f32[s0, 5] = linear(%h, %cut_B)
+        %update: f32[s0, 5] = mul(%u, %slot_lambda_b)
+        %add: f32[s0, 5] = add(%linear, %update)
+        return [%add]
+
+    After::
+
+        %lin_weight: f32[5, 3] = lin.weight
+        %lin_bias: f32[5] = lin.bias
+        %x: f32[s0, 3] = input
+        %slot_vera_a: f32[2, 4] = slot.vera_A
+        %slot_vera_b: f32[7, 2] = slot.vera_B
+        %slot_lambda_d: f32[2] = slot.lambda_d
+        %slot_lambda_b: f32[5] = slot.lambda_b
+        %cut_A: f32[2, 3] = slice(%slot_vera_a, 1, 0, 3)
+        %z: f32[s0, 2] = linear(%x, %cut_A)
+        %cut_B: f32[5, 2] = slice(%slot_vera_b, 0, 0, 5)
+        %merged: f32[s0, 5] = merged_linear(%x, %z, %lin_weight, %lin_bias, %cut_A, %cut_B, %slot_lambda_d, %slot_lambda_b)
+        return [%merged]
+
+    Needs: branches inserted by `InsertVera`, alone at their site.
+    Keeps: values and gradients to rounding; differentiable once.
+    Skips: a site with several branches or with dropout on its branch.
+    """  # noqa: E501
+
+    numerics: ClassVar[Numerics] = Numerics.ROUNDING
+    through_z: frozenset[str] = frozenset()
+    through_x: frozenset[str] = frozenset()
+
+    def __call__(self, gm: GraphModule, /) -> PassReport:
+        """Merge the sites named by ``through_z`` and ``through_x``."""
+        rewrites: list[Rewrite] = []
+        skips: list[Skip] = []
+        for branch in inserted_branches(gm):
+            if branch.site not in self.through_z | self.through_x:
+                continue
+            if (reason := cannot_merge(branch)) is not None:
+                skips.append(Skip(branch.site, reason))
+                continue
+            through_z = branch.site in self.through_z
+            _merge(gm, branch, through_z=through_z)
+            way = "G.T @ z" if through_z else "G.T @ x"
+            rewrites.append(Rewrite(branch.site, f"weight merged, vector gradients through {way}"))
+        return PassReport(tuple(rewrites), tuple(skips))
+
+
+def cannot_merge(branch: InsertedBranch) -> str | None:
+    """Why a branch cannot be merged into its weight; None if it can."""
+    if branch.has_dropout:
+        return "the branch drops elements of its input, the base does not"
+    if not branch.is_alone:
+        return "several adapters are active at this site"
+    return None
+
+
+def _merge(gm: GraphModule, branch: InsertedBranch, *, through_z: bool) -> None:
+    base = branch.total
+    x, weight, bias, layout = linear_operands(base)
+    tag = Tag(_ME, branch.site, "merged")
+    with gm.graph.inserting_before(branch.add):
+        if layout == "in_out":
+            flipped = Tag(_ME, branch.site, "weight_t")
+            weight = emit(gm, aten.t.default, (weight,), like=base, tag=flipped)
+        z: Node | None = branch.z if through_z else None
+        operands = (x, z, weight, bias, branch.A, branch.B, branch.d, branch.b)
+        merged = emit(gm, merged_linear, operands, like=base, tag=tag)
+    last = _after_cast(branch.add)
+    replace_uses(last, merged)
+    erase_unused(gm, last)
+    if not base.users:
+        gm.graph.erase_node(base)
+
+
+def _after_cast(add: Node) -> Node:
+    """The site's output: ``add``, or the cast back to the base's dtype behind it."""
+    users = list(add.users)
+    tag = tag_of(users[0]) if len(users) == 1 else None
+    return users[0] if tag is not None and tag.role == "cast_out" else add

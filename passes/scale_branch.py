@@ -1,0 +1,109 @@
+"""Add a branch by one scaled product, without a pass over its output."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch.fx import GraphModule
+
+from ._graph import Tag, emit, replace_uses, tensor_of
+from ._protocol import Numerics, PassReport, Rewrite, Skip
+from .branches import InsertedBranch, erase_unused, inserted_branches
+
+aten = torch.ops.aten
+
+_ME = "ScaleBranch"
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleBranch:
+    """Replace ``y + b * ((d * z) @ B.T)`` by ``addmm(y, z, E.T)`` with ``E = diag(b) B diag(d)``.
+
+    ``E (O, R)`` does not depend on the tokens. Scaling it saves two passes over (T, O) and one
+    over (T, R), which counts in eager mode and where T is much larger than R. In training it
+    keeps only ``z``, but pays one more product (``G.T @ z``) for the vectors' gradients.
+
+    Before::
+
+        %lin_weight: f32[5, 3] = lin.weight
+        %lin_bias: f32[5] = lin.bias
+        %x: f32[s0, 3] = input
+        %slot_vera_a: f32[2, 4] = slot.vera_A
+        %slot_vera_b: f32[7, 2] = slot.vera_B
+        %slot_lambda_d: f32[2] = slot.lambda_d
+        %slot_lambda_b: f32[5] = slot.lambda_b
+        %linear: f32[s0, 5] = linear(%x, %lin_weight, %lin_bias)
+        %cut_A: f32[2, 3] = slice(%slot_vera_a, 1, 0, 3)
+        %z: f32[s0, 2] = linear(%x, %cut_A)
+        %h: f32[s0, 2] = mul(%z, %slot_lambda_d)
+        %cut_B: f32[5, 2] = slice(%slot_vera_b, 0, 0, 5)
+        %u: f32[s0, 5] = linear(%h, %cut_B)
+        %update: f32[s0, 5] = mul(%u, %slot_lambda_b)
+        %add: f32[s0, 5] = add(%linear, %update)
+        return [%add]
+
+    After::
+
+        %lin_weight: f32[5, 3] = lin.weight
+        %lin_bias: f32[5] = lin.bias
+        %x: f32[s0, 3] = input
+        %slot_vera_a: f32[2, 4] = slot.vera_A
+        %slot_vera_b: f32[7, 2] = slot.vera_B
+        %slot_lambda_d: f32[2] = slot.lambda_d
+        %slot_lambda_b: f32[5] = slot.lambda_b
+        %linear: f32[s0, 5] = linear(%x, %lin_weight, %lin_bias)
+        %cut_A: f32[2, 3] = slice(%slot_vera_a, 1, 0, 3)
+        %z: f32[s0, 2] = linear(%x, %cut_A)
+        %cut_B: f32[5, 2] = slice(%slot_vera_b, 0, 0, 5)
+        %b_column: f32[5, 1] = unsqueeze(%slot_lambda_b, 1)
+        %b_rows: f32[5, 2] = mul(%cut_B, %b_column)
+        %E: f32[5, 2] = mul(%b_rows, %slot_lambda_d)
+        %E_t: f32[2, 5] = t(%E)
+        %scaled: f32[s0, 5] = addmm(%linear, %z, %E_t)
+        return [%scaled]
+
+    Needs: branches inserted by `InsertVera`.
+    Keeps: values and gradients to rounding.
+    Skips: a branch that computes in another dtype than its base.
+    """
+
+    numerics: ClassVar[Numerics] = Numerics.ROUNDING
+    sites: frozenset[str] = frozenset()
+
+    def __call__(self, gm: GraphModule, /) -> PassReport:
+        """Scale every branch of the named sites."""
+        rewrites: list[Rewrite] = []
+        skips: list[Skip] = []
+        for branch in inserted_branches(gm):
+            if branch.site not in self.sites:
+                continue
+            if branch.is_mixed:
+                skips.append(Skip(branch.site, "branch and base compute in different dtypes"))
+                continue
+            _scale(gm, branch)
+            rewrites.append(Rewrite(branch.site, "branch added by one scaled product"))
+        return PassReport(tuple(rewrites), tuple(skips))
+
+
+def _scale(gm: GraphModule, branch: InsertedBranch) -> None:
+    like, flat = branch.add, tensor_of(branch.z).ndim == 2  # noqa: PLR2004
+    with gm.graph.inserting_before(branch.add):
+
+        def put(target: object, *args: object, role: str):
+            return emit(gm, target, args, like=like, tag=Tag(_ME, branch.site, role))  # type: ignore[arg-type]
+
+        column = put(aten.unsqueeze.default, branch.b, 1, role="b_column")
+        rows = put(aten.mul.Tensor, branch.B, column, role="b_rows")
+        E_OR = put(aten.mul.Tensor, rows, branch.d, role="E")
+        E_RO = put(aten.t.default, E_OR, role="E_t")
+        total, z = branch.total, branch.z
+        if not flat:
+            total = put(
+                aten.reshape.default, total, [-1, tensor_of(total).shape[-1]], role="flat_y"
+            )
+            z = put(aten.reshape.default, z, [-1, tensor_of(z).shape[-1]], role="flat_z")
+        scaled = put(aten.addmm.default, total, z, E_RO, role="scaled")
+        if not flat:
+            scaled = put(aten.view_as.default, scaled, branch.total, role="unflat")
+    replace_uses(branch.add, scaled)
+    erase_unused(gm, branch.add)
