@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from vera_fx import merging
 from vera_fx.adapted import extend, is_adapted, restore_class
 from vera_fx.adapter import Adapter
-from vera_fx.bank import AdapterBank
+from vera_fx.bank import AdapterBank, bank_of
 from vera_fx.build import Blueprint, blueprint, build_adapter, draw, install, unhook
 from vera_fx.config import VeraConfig
 from vera_fx.errors import AdapterError, ConfigError
 from vera_fx.hf import register_types
 from vera_fx.names import check_name
-from vera_fx.runtime import bank_of, prepare, require_adapted
+from vera_fx.runtime import prepare, require_adapted
 from vera_fx.targets import BANK, base_modules, resolve_targets
 
 M = TypeVar("M", bound=nn.Module)

@@ -6,8 +6,9 @@ from typing import Any, cast
 from torch import nn
 
 from vera_fx._torch import skip_frame
+from vera_fx.bank import bank_of
 from vera_fx.capture import original_class
-from vera_fx.runtime import bank_of, finish, prepare
+from vera_fx.runtime import finish, prepare
 
 _classes: dict[type[nn.Module], type[nn.Module]] = {}
 

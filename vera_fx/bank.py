@@ -199,6 +199,11 @@ def _rebind(bank: nn.Module, _incompatible: object) -> None:
     cast("AdapterBank", bank).bind()
 
 
+def bank_of(model: nn.Module) -> AdapterBank:
+    """The bank of an adapted model."""
+    return cast("AdapterBank", model._modules[BANK])
+
+
 def slot_path(index: int, attribute: str) -> str:
     """The path under which graphs read an attribute of a slot."""
     return f"{BANK}.slot{index}.{attribute}"

@@ -49,7 +49,9 @@ class Capture:
         inputs: the argument that each input tensor came from.
         stateful: names of the arguments whose new state is among the outputs.
         guards: which sizes the graph admits.
-        variants: adapted graphs made from it, by the bank's structure.
+        values: its inputs as fake tensors, whose sizes may be symbols.
+        variants: adapted graphs made from it, by the bank's structure and the plans.
+        planners: what chooses the plans, by the bank's structure.
     """
 
     graph: GraphModule
@@ -59,7 +61,9 @@ class Capture:
     inputs: tuple[str, ...]
     stateful: tuple[str, ...]
     guards: "Guards"
-    variants: dict[Any, Any] = field(default_factory=dict[Any, Any])
+    values: list[Tensor]
+    variants: dict[Any, dict[Any, Any]] = field(default_factory=dict[Any, dict[Any, Any]])
+    planners: dict[Any, Any] = field(default_factory=dict[Any, Any])
 
 
 class Guards:
@@ -102,7 +106,7 @@ def capture_call(model: nn.Module, forward: Any, reader: CallReader, call: Call)
     exported = _export(model, forward, reader, call, stateful)
     graph = bind_live(exported, model)
     report = run_passes(graph, cleanup(), run_options("capture"))
-    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    values = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
     return Capture(
         graph=graph,
         out_spec=cast("TreeSpec", exported.call_spec.out_spec),
@@ -110,7 +114,8 @@ def capture_call(model: nn.Module, forward: Any, reader: CallReader, call: Call)
         training={path: module.training for path, module in model.named_modules()},
         inputs=call.tensor_names(),
         stateful=stateful.names,
-        guards=Guards([node.meta["val"] for node in placeholders]),
+        guards=Guards(values),
+        values=values,
     )
 
 

@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from vera_fx.adapt import adapt_with, check_adaptable
 from vera_fx.adapted import is_adapted
 from vera_fx.adapter import Adapter, TrainedBias
-from vera_fx.bank import AdapterBank
+from vera_fx.bank import AdapterBank, bank_of
 from vera_fx.build import Blueprint, blueprint, build_adapter, draw, install
 from vera_fx.config import VeraConfig
 from vera_fx.errors import CheckpointError, TargetError, listing
 from vera_fx.names import check_known, check_name
 from vera_fx.peft_config import CONFIG_FILE, read_json, to_json
 from vera_fx.projections import Projections
-from vera_fx.runtime import bank_of, require_adapted
+from vera_fx.runtime import require_adapted
 from vera_fx.targets import resolve_targets
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -195,6 +195,7 @@ def load_adapter(
     adapter_name: str = "default",
     trainable: bool = False,
     autocast_adapter_dtype: bool = True,
+    plan: str = "auto",
 ) -> M:
     """Load an adapter that vera_fx or PEFT saved; adapts the model if it is not adapted yet.
 
@@ -206,6 +207,7 @@ def load_adapter(
         adapter_name: name to give it, whatever it was called when it was saved.
         trainable: whether it may train; one loaded for inference never does.
         autocast_adapter_dtype: keep the vectors of half-precision models in float32, as PEFT does.
+        plan: how to compute the branch, see `VeraConfig.plan`; checkpoints do not say.
 
     Returns:
         The same model.
@@ -218,21 +220,21 @@ def load_adapter(
     folder = Path(directory)
     bank = bank_of(model) if is_adapted(model) else AdapterBank()
     check_name(adapter_name, bank.adapters)
-    config = read_json(folder)
+    config = dataclasses.replace(read_json(folder), plan=plan)
     state, metadata = _read_weights(folder)
     if not is_adapted(model):
         check_adaptable(model, config)
-    plan = _plan(model, config, folder, autocast=autocast_adapter_dtype)
-    fresh = dataclasses.replace(plan, config=dataclasses.replace(config, init_weights=True))
+    layout = _plan(model, config, folder, autocast=autocast_adapter_dtype)
+    fresh = dataclasses.replace(layout, config=dataclasses.replace(config, init_weights=True))
     adapter = build_adapter(model, fresh, trainable=trainable)
     adapter.config = config
     _fill(adapter, state, source=str(folder / WEIGHTS_FILE))
-    pair = _projections(model, plan, state, metadata, folder)
+    pair = _projections(model, layout, state, metadata, folder)
     if not is_adapted(model):
-        adapt_with(model, adapter_name, adapter, pair, plan)
+        adapt_with(model, adapter_name, adapter, pair, layout)
         return model
     adapter.projections = bank.share_projections(*pair, persistent=config.save_projection)
-    install(model, bank, adapter_name, adapter, plan.targets)
+    install(model, bank, adapter_name, adapter, layout.targets)
     bank.activate(bank.active or (adapter_name,))
     return model
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from vera_fx.errors import ConfigError, listing, nearest
+from vera_fx.passes import PLANS
 
 BIASES = ("none", "all", "vera_only")
-PLANS = ("auto", "factored")
 TASK_TYPES = (
     "SEQ_CLS",
     "SEQ_2_SEQ_LM",
@@ -47,7 +47,8 @@ class VeraConfig:
         layers_to_transform: layer indices to adapt; None for all.
         layers_pattern: name of the module list that the indices count in.
         exclude_modules: what to leave out of ``target_modules``, in the same notation.
-        plan: how branches are computed; ``"auto"`` lets the library choose.
+        plan: how branches are computed: ``"auto"`` lets the library choose for every site,
+            ``"factored"``, ``"scaled"``, ``"merged"`` and ``"dense"`` ask for one plan.
         task_type: PEFT's task type; classification types add their head to ``modules_to_save``.
 
     Raises:
@@ -78,7 +79,7 @@ class VeraConfig:
         self._check_numbers()
         self._check_layers()
         _check_choice("bias", self.bias, BIASES)
-        _check_choice("plan", self.plan, PLANS)
+        _check_choice("plan", self.plan, ("auto", *PLANS))
         if self.task_type is not None:
             self._set("task_type", str(getattr(self.task_type, "value", self.task_type)))
             _check_choice("task_type", self.task_type, TASK_TYPES)

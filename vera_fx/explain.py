@@ -10,6 +10,8 @@ from vera_fx.capture import Capture
 from vera_fx.passes import PipelineReport, Target
 from vera_fx.runtime import Variant, require_adapted, runtime_of
 
+_PLAN_PASSES = ("MergeWeight", "ScaleBranch")
+
 
 @dataclass(frozen=True, slots=True)
 class TargetRow:
@@ -30,12 +32,15 @@ class GraphRow:
         signature: the inputs with dtypes and sizes; names such as ``s0`` are sizes left open.
         mode: ``train``, ``eval`` or ``mixed``.
         sites: names of the sites that got a branch, in the graph's order.
+        plans: ``(site, plan, why)`` for each of them; the figures behind "why" are the modelled
+            costs of the plans relative to the factored one.
         report: what every pass did, cleanup first.
     """
 
     signature: str
     mode: str
     sites: tuple[str, ...]
+    plans: tuple[tuple[str, str, str], ...]
     report: PipelineReport
 
 
@@ -66,9 +71,16 @@ class Explanation:
         )
         for number, graph in enumerate(self.graphs):
             yield f"\ngraph {number}, {graph.mode}: {graph.signature}"
-            yield f"  {len(graph.sites)} sites adapted"
+            yield f"  {len(graph.sites)} sites adapted: {_count_plans(graph)}"
             yield from (f"  {line}" for line in str(graph.report).splitlines())
             yield from _skips(graph.report)
+
+
+def _count_plans(graph: GraphRow) -> str:
+    reasons: dict[tuple[str, str], int] = {}
+    for _, plan, why in graph.plans:
+        reasons[plan, why] = reasons.get((plan, why), 0) + 1
+    return "; ".join(f"{count} {plan} ({why})" for (plan, why), count in reasons.items())
 
 
 def _skips(report: PipelineReport) -> Iterator[str]:
@@ -98,7 +110,10 @@ def explain(model: nn.Module) -> Explanation:
         active=bank.computing(),
         targets=tuple(_target_row(bank, target) for target in bank.targets.values()),
         graphs=tuple(
-            _graph_row(capture, v) for capture in captures for v in capture.variants.values()
+            _graph_row(capture, variant)
+            for capture in captures
+            for by_plans in capture.variants.values()
+            for variant in by_plans.values()
         ),
     )
 
@@ -122,8 +137,17 @@ def _graph_row(capture: Capture, variant: Variant) -> GraphRow:
         signature=_signature(capture),
         mode="mixed" if len(modes) > 1 else "train" if True in modes else "eval",
         sites=tuple(rewrite.subject for rewrite in sites),
+        plans=tuple(_plan(variant, rewrite.subject) for rewrite in sites),
         report=capture.report + variant.report,
     )
+
+
+def _plan(variant: Variant, site: str) -> tuple[str, str, str]:
+    """The plan that the graph really follows: a pass may have left the site as it was."""
+    skipped = {s.subject: s.reason for name, s in variant.report.skips() if name in _PLAN_PASSES}
+    if site in skipped:
+        return site, "factored", skipped[site]
+    return site, variant.choice.assignment.plan_of(site), variant.choice.reasons.get(site, "")
 
 
 def _signature(capture: Capture) -> str:

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
 from vera_fx._torch import outside_dynamo
+from vera_fx.bank import AdapterBank, bank_of
 from vera_fx.capture import Capture, capture_call, original_class
 from vera_fx.debug import run_options
 from vera_fx.errors import AdapterError, CaptureError, TargetError
 from vera_fx.hooks import EagerHook
-from vera_fx.passes import PipelineReport, SiteError, adaptation, run_passes
+from vera_fx.passes import Choice, PipelineReport, SiteError, adaptation, run_passes
+from vera_fx.planning import open_sizes, planner, workload
 from vera_fx.returned import restore
 from vera_fx.signature import Call, CallReader
 from vera_fx.targets import BANK
@@ -26,8 +28,6 @@ from vera_fx.watch import StateWatch
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
-
-    from vera_fx.bank import AdapterBank
 
 
 @dataclass(slots=True)
@@ -40,10 +40,11 @@ class Ready:
 
 @dataclass(slots=True)
 class Variant:
-    """One capture adapted for one structure of the bank."""
+    """One capture adapted for one structure of the bank, with one assignment of plans."""
 
     graph: GraphModule
     report: PipelineReport
+    choice: Choice
 
 
 class Runtime:
@@ -78,7 +79,7 @@ class Runtime:
             TargetError: a target is used in a way that cannot be adapted.
         """
         structure = bank_of(model).structure
-        key = (call.key, self.watch.state(), structure, _ambient())
+        key = (call.key, self.watch.state(), structure, _ambient(), torch.is_grad_enabled())
         found = self._memo.get(key)
         if found is None:
             with self._lock:
@@ -86,14 +87,14 @@ class Runtime:
                 if len(self._memo) >= self.memo_limit:
                     self._memo.clear()
                 # The state is read again: tracing runs the model's code, which may change it.
-                self._memo[call.key, self.watch.state(), structure, _ambient()] = found
+                self._memo[call.key, self.watch.state(), *key[2:]] = found
         return found
 
     def _resolve(self, model: nn.Module, call: Call) -> Ready:
         signature = (call.structure(), self.watch.state(), _ambient())
         for capture in reversed(self.captures.get(signature, [])):
             if capture.guards.admit(call.leaves):
-                return self._adapted(model, capture)
+                return self._adapted(model, capture, call)
         forward = original_class(model).forward
         capture = capture_call(model, forward, self.reader, call)
         if not capture.guards.admit(call.leaves):
@@ -101,30 +102,45 @@ class Runtime:
                 f"the graph captured from this call of {type(model).__name__} does not admit the "
                 "call's own sizes; this is a fault of vera_fx, please report it with the model"
             )
-        ready = self._adapted(model, capture)
+        ready = self._adapted(model, capture, call)
         signature = (call.structure(), self.watch.state(), _ambient())
         self.captures.setdefault(signature, []).append(capture)
         return ready
 
-    def _adapted(self, model: nn.Module, capture: Capture) -> Ready:
+    def _adapted(self, model: nn.Module, capture: Capture, call: Call) -> Ready:
         bank = bank_of(model)
         if not bank.structure:
             return Ready(capture.graph, capture)
-        variant = capture.variants.get(bank.structure)
+        variants = capture.variants.setdefault(bank.structure, {})
+        choice = _choose(model, capture, call, [*variants])
+        variant = variants.get(choice.assignment)
         if variant is None:
-            variant = capture.variants[bank.structure] = adapt_graph(bank, capture)
+            variant = variants[choice.assignment] = adapt_graph(bank, capture, choice)
         return Ready(variant.graph, capture)
 
 
-def adapt_graph(bank: "AdapterBank", capture: Capture) -> Variant:
+def _choose(model: nn.Module, capture: Capture, call: Call, known: list[Any]) -> Choice:
+    """The plans for the call's sizes; those of a graph that exists if they are good enough."""
+    bank = bank_of(model)
+    try:
+        if bank.structure not in capture.planners:
+            capture.planners[bank.structure] = planner(capture.graph, bank)
+    except SiteError as error:
+        raise TargetError(str(error)) from error
+    sizes = open_sizes(capture.values, call.leaves)
+    work = workload(model, capture.training, trains=torch.is_grad_enabled())
+    return capture.planners[bank.structure].choose(sizes, work, known)
+
+
+def adapt_graph(bank: AdapterBank, capture: Capture, choice: Choice) -> Variant:
     """Run the adapting passes on a copy of a captured graph."""
     graph = _copy_of(capture.graph)
     plan = bank.plan(lambda path: capture.training.get(path, False))
     try:
-        report = run_passes(graph, adaptation(plan), run_options("adapt"))
+        report = run_passes(graph, adaptation(plan, choice.assignment), run_options("adapt"))
     except SiteError as error:
         raise TargetError(str(error)) from error
-    return Variant(graph, report)
+    return Variant(graph, report, choice)
 
 
 def _copy_of(bound: GraphModule) -> GraphModule:
@@ -139,12 +155,7 @@ def _copy_of(bound: GraphModule) -> GraphModule:
     return copy
 
 
-def bank_of(model: nn.Module) -> "AdapterBank":
-    """The model's adapter bank."""
-    return cast("AdapterBank", model._modules[BANK])
-
-
-def require_adapted(model: nn.Module) -> "AdapterBank":
+def require_adapted(model: nn.Module) -> AdapterBank:
     """The model's bank.
 
     Raises:
