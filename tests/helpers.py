@@ -124,10 +124,12 @@ def hook_reference(base: nn.Module, adapted: nn.Module) -> nn.Module:
     return oracle
 
 
-def peft_pair(base: nn.Module, r: int = 6, **config: Any) -> tuple["peft.PeftModel", nn.Module]:
+def peft_pair(
+    base: nn.Module, r: int = 6, plan: str = "factored", **config: Any
+) -> tuple["peft.PeftModel", nn.Module]:
     """The same base adapted by PEFT and by us, with the same non-trivial vectors."""
     theirs = peft.get_peft_model(copy.deepcopy(base), peft.VeraConfig(r=r, **config))
-    ours = vera_fx.adapt(copy.deepcopy(base), vera_fx.VeraConfig(r=r, **config))
+    ours = vera_fx.adapt(copy.deepcopy(base), vera_fx.VeraConfig(r=r, plan=plan, **config))
     fill_vectors(theirs)
     fill_vectors(ours)
     assert vectors_of(theirs).keys() == vectors_of(ours).keys()

@@ -11,6 +11,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+from vera_fx.passes import PLANS
 
 import vera_fx
 
@@ -104,7 +105,12 @@ def linear_paths(model: nn.Module) -> list[str]:
 
 
 @st.composite
-def cases(draw: st.DrawFn, dtype: torch.dtype = torch.float64, min_size: int = 0) -> Case:
+def cases(
+    draw: st.DrawFn,
+    dtype: torch.dtype = torch.float64,
+    min_size: int = 0,
+    plans: tuple[str, ...] = ("auto", *PLANS),
+) -> Case:
     """Models with a random, non-empty subset of their linear layers as targets."""
     torch.manual_seed(draw(st.integers(0, 1000)))
     start = draw(st.sampled_from(WIDTHS))
@@ -114,6 +120,7 @@ def cases(draw: st.DrawFn, dtype: torch.dtype = torch.float64, min_size: int = 0
         r=draw(st.sampled_from((1, 2, 5, 8))),
         target_modules=targets,
         projection_prng_key=draw(st.integers(0, 3)),
+        plan=draw(st.sampled_from(plans)),
     )
     lead = draw(
         st.lists(st.sampled_from([s for s in (0, 1, 2, 3, 5) if s >= min_size]), max_size=3)

@@ -60,7 +60,9 @@ class TestInterchange:
 
     def test_peft_loads_ours(self, name: str, save_projection: bool, tmp_path: Path) -> None:
         family, base = build(name)
-        config = vera_fx.VeraConfig(r=6, save_projection=save_projection, **family.config)
+        config = vera_fx.VeraConfig(
+            r=6, save_projection=save_projection, plan="factored", **family.config
+        )
         ours = vera_fx.adapt(copy.deepcopy(base), config)
         fill_vectors(ours)
         vera_fx.save_adapter(ours, tmp_path)
@@ -73,7 +75,9 @@ class TestInterchange:
         family, base = build(name)
         theirs, _ = peft_pair(base, save_projection=save_projection, **family.config)
         theirs.save_pretrained(tmp_path)
-        ours = vera_fx.load_adapter(copy.deepcopy(base), tmp_path, adapter_name="mine")
+        ours = vera_fx.load_adapter(
+            copy.deepcopy(base), tmp_path, adapter_name="mine", plan="factored"
+        )
 
         assert torch.equal(run(ours, family), run(theirs.eval(), family))
         assert vera_fx.active_adapters(ours) == ["mine"]
@@ -93,7 +97,7 @@ def test_trained_head_and_biases_travel(tmp_path: Path) -> None:
             optimizer.step()
     theirs.save_pretrained(tmp_path / "theirs")
     vera_fx.save_adapter(ours, tmp_path / "ours")
-    loaded = vera_fx.load_adapter(copy.deepcopy(base), tmp_path / "theirs")
+    loaded = vera_fx.load_adapter(copy.deepcopy(base), tmp_path / "theirs", plan="factored")
     reloaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
 
     keys = [

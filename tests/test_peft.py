@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from vera_fx.passes import PLANS
 
 import vera_fx
 from tests.helpers import (
@@ -36,10 +37,13 @@ def call(model: nn.Module, family: Family):
     return model(*inputs.values()) if family.name in {"mlp", "attention"} else model(**inputs)
 
 
+plans = pytest.mark.parametrize("plan", PLANS)
+
+
 @families
 @modes
-def test_outputs_are_bit_equal(base: nn.Module, family: Family, train: bool) -> None:
-    theirs, ours = peft_pair(base, **family.config)
+def test_factored_outputs_are_bit_equal(base: nn.Module, family: Family, train: bool) -> None:
+    theirs, ours = peft_pair(base, plan="factored", **family.config)
     theirs.train(train), ours.train(train), base.train(train)
 
     expected = main_output(call(theirs, family))
@@ -57,13 +61,14 @@ def test_projections_are_bit_equal(base: nn.Module, family: Family) -> None:
 
 
 @families
-@modes
-def test_gradients_agree(base: nn.Module, family: Family, train: bool) -> None:
-    theirs, ours = peft_pair(base, **family.config)
-    theirs.train(train), ours.train(train)
+@plans
+def test_outputs_and_gradients_agree(base: nn.Module, family: Family, plan: str) -> None:
+    theirs, ours = peft_pair(base, plan=plan, **family.config)
     expected = gradients(theirs, lambda m: call(m, family))
 
+    assert_close(main_output(call(ours, family)), main_output(call(theirs, family)), factor=5)
     assert_same_gradients(gradients(ours, lambda m: call(m, family)), expected)
+    assert {p for g in vera_fx.explain(ours).graphs for _, p, _ in g.plans} == {plan}
 
 
 def train_steps(model: nn.Module, family: Family, steps: int = 3) -> dict[str, torch.Tensor]:
@@ -157,7 +162,7 @@ def test_cache_is_updated_in_place() -> None:
     torch.manual_seed(0)
     base = family.build().eval()
     ids = family.inputs()["input_ids"]
-    theirs, ours = peft_pair(base, **family.config)
+    theirs, ours = peft_pair(base, plan="factored", **family.config)
     caches = []
     for model in (theirs, ours):
         cache = DynamicCache(config=base.config)

@@ -55,7 +55,7 @@ def test_every_target_is_adapted_and_reported(case: Case) -> None:
     assert sites == set(case.config.target_modules)
 
 
-@given(cases())
+@given(cases(plans=("factored",)))
 def test_fresh_adapter_is_the_base_bit_for_bit(case: Case) -> None:
     model = vera_fx.adapt(copy.deepcopy(case.model), case.config)
 

@@ -12,7 +12,7 @@ import vera_fx
 from tests.helpers import assert_close, fill_vectors, hook_reference, main_output
 from tests.models import BY_NAME, MLP, Attention
 
-CONFIG = vera_fx.VeraConfig(r=3, target_modules=["lin0", "lin1"])
+CONFIG = vera_fx.VeraConfig(r=3, target_modules=["lin0", "lin1"], plan="factored")
 X = torch.randn(4, 10, generator=torch.Generator().manual_seed(3))
 
 
@@ -348,9 +348,13 @@ def test_dropout_of_the_branch_is_pefts() -> None:
 
     torch.manual_seed(0)
     base = MLP()
-    fields = {"r": 4, "target_modules": ["lin0", "lin1"], "vera_dropout": 0.4}
+    fields = {
+        "r": 4,
+        "target_modules": ["lin0", "lin1"],
+        "vera_dropout": 0.4,
+    }  # leaves only the factored plan
     theirs = peft.get_peft_model(copy.deepcopy(base), peft.VeraConfig(**fields))
-    ours = adapted(copy.deepcopy(base), vera_fx.VeraConfig(**fields))
+    ours = adapted(copy.deepcopy(base), vera_fx.VeraConfig(**fields, plan="factored"))
     fill_vectors(theirs)
     for mode in (True, False):
         theirs.train(mode), ours.train(mode)
@@ -369,7 +373,7 @@ def test_half_precision_base_equals_peft(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     base = family.build().to(dtype).eval()
     theirs = peft.get_peft_model(copy.deepcopy(base), peft.VeraConfig(r=6)).eval()
-    ours = adapted(copy.deepcopy(base), vera_fx.VeraConfig(r=6)).eval()
+    ours = adapted(copy.deepcopy(base), vera_fx.VeraConfig(r=6, plan="factored")).eval()
     fill_vectors(theirs)
     expected = main_output(theirs(**family.inputs()))
 

@@ -30,7 +30,7 @@ from tests.models import Attention
 from vera_fx.runtime import runtime_of
 
 X = torch.randn(2, 6, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-CONFIG = vera_fx.VeraConfig(r=3, target_modules=["query", "key", "out"])
+CONFIG = vera_fx.VeraConfig(r=3, target_modules=["query", "key", "out"], plan="factored")
 aten = torch.ops.aten
 
 
@@ -42,7 +42,8 @@ def build() -> tuple[nn.Module, nn.Module, GraphModule]:
     fill_vectors(model)
     model(X)
     (captures,) = runtime_of(model).captures.values()
-    (variant,) = captures[0].variants.values()
+    (variants,) = captures[0].variants.values()
+    (variant,) = variants.values()
     return model, hook_reference(base, model), variant.graph
 
 

@@ -13,8 +13,11 @@ from vera_fx.passes import (
     GraphPass,
     InlineGradMode,
     InsertVera,
+    LowerBranch,
+    MergeWeight,
     Redirect,
     RedirectParameters,
+    ScaleBranch,
     ShareProjection,
     Target,
     run_passes,
@@ -53,9 +56,9 @@ class Casts(nn.Module):
 
 
 class OneLinear(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, *, half: bool = False) -> None:
         super().__init__()
-        self.lin = nn.Linear(3, 5)
+        self.lin = nn.Linear(3, 5, dtype=torch.bfloat16 if half else torch.float32)
         self.slot = Holder(
             vera_A=torch.randn(2, 4),
             vera_B=torch.randn(7, 2),
@@ -112,6 +115,18 @@ def two_targets(dropout: float = 0.0) -> InsertVera:
     )
 
 
+def half_linear() -> GraphModule:
+    graph = graph_of(OneLinear(half=True), torch.randn(4, 3, dtype=torch.bfloat16))
+    run_passes(graph, (one_target(),))
+    return graph
+
+
+def adapted_linear() -> GraphModule:
+    graph = graph_of(OneLinear(), torch.randn(4, 3))
+    run_passes(graph, (one_target(),))
+    return graph
+
+
 def adapted_readers() -> GraphModule:
     graph = graph_of(TwoReaders(), torch.randn(4, 3))
     run_passes(graph, (two_targets(),))
@@ -136,5 +151,8 @@ EXAMPLES: dict[str, Example] = {
         lambda: graph_of(Head(), torch.randn(4, 3)),
     ),
     "InsertVera": Example(one_target(), lambda: graph_of(OneLinear(), torch.randn(4, 3))),
+    "LowerBranch": Example(LowerBranch(), half_linear),
+    "MergeWeight": Example(MergeWeight(through_z=frozenset({"lin"})), adapted_linear),
+    "ScaleBranch": Example(ScaleBranch(frozenset({"lin"})), adapted_linear),
     "ShareProjection": Example(ShareProjection(), adapted_readers),
 }
