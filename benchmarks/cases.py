@@ -1,0 +1,129 @@
+"""The models and shapes that are measured; random weights, built from configurations."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training case.
+
+    Attributes:
+        name: how tables call it.
+        family: ``roberta``, ``llama`` or ``vit``.
+        targets: target_modules for every method.
+        r: VeRA's rank.
+        layers: number of layers.
+        batch: sequences per step.
+        length: tokens per sequence.
+        dtype: of the base model.
+    """
+
+    name: str
+    family: str
+    targets: tuple[str, ...] | str
+    r: int
+    layers: int
+    batch: int
+    length: int
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per step."""
+        return self.batch * self.length
+
+
+QV = {"roberta": ("query", "value"), "llama": ("q_proj", "v_proj"), "vit": ("q_proj", "v_proj")}
+
+
+def roberta(case: Case) -> nn.Module:
+    """RoBERTa-base's shape without its vocabulary."""
+    from transformers import RobertaConfig, RobertaModel
+
+    config = RobertaConfig(
+        vocab_size=1000,
+        num_hidden_layers=case.layers,
+        max_position_embeddings=case.length + 2,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return RobertaModel(config, add_pooling_layer=False)
+
+
+def llama(case: Case) -> nn.Module:
+    """Llama's architecture at hidden size 768."""
+    from transformers import LlamaConfig, LlamaModel
+
+    config = LlamaConfig(
+        vocab_size=1000,
+        hidden_size=768,
+        intermediate_size=2048,
+        num_hidden_layers=case.layers,
+        num_attention_heads=12,
+        use_cache=False,
+    )
+    return LlamaModel(config)
+
+
+def vit(case: Case) -> nn.Module:
+    """ViT-base's encoder; the length of a case counts its patches."""
+    from transformers import ViTConfig, ViTModel
+
+    side = 16 * round(case.length**0.5)
+    config = ViTConfig(num_hidden_layers=case.layers, image_size=side, patch_size=16)
+    return ViTModel(config, add_pooling_layer=False)
+
+
+BUILDERS: dict[str, Callable[[Case], nn.Module]] = {"roberta": roberta, "llama": llama, "vit": vit}
+
+
+def build(case: Case) -> nn.Module:
+    """The base model in train mode, the same weights every time."""
+    torch.manual_seed(0)
+    return BUILDERS[case.family](case).to(case.dtype).train()
+
+
+def inputs(case: Case) -> dict[str, Any]:
+    """Arguments of one call; the tensor that every method must give a gradient for is marked."""
+    torch.manual_seed(1)
+    if case.family == "vit":
+        side = 16 * round(case.length**0.5)
+        return {"pixel_values": torch.randn(case.batch, 3, side, side, dtype=case.dtype)}
+    embeds = torch.randn(case.batch, case.length, 768, dtype=case.dtype)
+    return {"inputs_embeds": embeds.requires_grad_(), "attention_mask": _mask(case)}
+
+
+def _mask(case: Case) -> Tensor:
+    mask = torch.ones(case.batch, case.length, dtype=torch.long)
+    mask[0, -3:] = 0
+    return mask
+
+
+def grid(*, full: bool) -> list[Case]:
+    """The cases of a run; the short list keeps to two layers."""
+    cases = [
+        Case("roberta q,v r=1024", "roberta", QV["roberta"], 1024, 2, 16, 128),
+        Case("roberta q,v r=256", "roberta", QV["roberta"], 256, 2, 16, 128),
+        Case("llama all r=256", "llama", "all-linear", 256, 2, 16, 128),
+        Case("roberta q,v r=1024 bf16", "roberta", QV["roberta"], 1024, 2, 16, 128, torch.bfloat16),
+        Case("llama all r=256 bf16", "llama", "all-linear", 256, 2, 16, 128, torch.bfloat16),
+    ]
+    if full:
+        cases += [
+            Case("roberta q,v r=256 T=256", "roberta", QV["roberta"], 256, 2, 2, 128),
+            Case("llama all r=256 T=256", "llama", "all-linear", 256, 2, 2, 128),
+            Case("llama all r=256 T=512", "llama", "all-linear", 256, 2, 4, 128),
+            Case("roberta q,v r=1024 T=8192", "roberta", QV["roberta"], 1024, 2, 64, 128),
+            Case("llama all r=256 T=8192", "llama", "all-linear", 256, 2, 64, 128),
+            Case("vit q,v r=256", "vit", QV["vit"], 256, 2, 8, 196),
+            Case("roberta q,v r=1024 12 layers", "roberta", QV["roberta"], 1024, 12, 16, 128),
+            Case(
+                "llama all r=256 bf16 T=512", "llama", "all-linear", 256, 2, 4, 128, torch.bfloat16
+            ),
+        ]
+    return cases

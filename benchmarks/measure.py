@@ -1,0 +1,96 @@
+"""Interleaved timing, bytes kept for backward, and time of the first compiled step."""
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.cases import Case, build, inputs
+from benchmarks.systems import System, make
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one method: median and quartiles over the rounds; seconds of the first step."""
+
+    median: float
+    low: float
+    high: float
+    first: float
+    kept: float
+    """MiB of tensors that autograd keeps between forward and backward, parameters left out."""
+
+
+def measure(case: Case, names: Sequence[str], rounds: int) -> dict[str, Timing]:
+    """Time the methods on one case: all of them in every round, so that drift hits all alike."""
+    torch._dynamo.reset()
+    base = build(case)
+    systems = [make(name, base, case) for name in names]
+    arguments = inputs(case)
+    first = {}
+    for system in systems:
+        with torch._inductor.utils.fresh_inductor_cache():
+            first[system.name] = _timed(system, arguments) / 1e3
+        system.step(arguments)
+    samples: dict[str, list[float]] = {system.name: [] for system in systems}
+    for _ in range(rounds):
+        for system in systems:
+            samples[system.name].append(_timed(system, arguments))
+    return {
+        system.name: Timing(
+            *_quartiles(samples[system.name]), first[system.name], kept_bytes(system, arguments)
+        )
+        for system in systems
+    }
+
+
+def _timed(system: System, arguments: dict[str, Any]) -> float:
+    start = time.perf_counter()
+    system.step(arguments)
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _quartiles(samples: list[float]) -> tuple[float, float, float]:
+    low, median, high = statistics.quantiles(samples, n=4)
+    return median, low, high
+
+
+def kept_bytes(system: System, arguments: dict[str, Any]) -> float:
+    """MiB that one step keeps for backward, each storage once, parameters and buffers left out."""
+    module = getattr(system.model, "_orig_mod", system.model)
+    own = {t.untyped_storage().data_ptr() for t in _state(module)}
+    own |= {v.untyped_storage().data_ptr() for v in arguments.values() if isinstance(v, Tensor)}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        system.step(arguments)
+    return sum(kept.values()) / 2**20
+
+
+def _state(module: nn.Module) -> list[Tensor]:
+    tensors = [*module.parameters(), *module.buffers()]
+    for holder in (getattr(module, "base_model", None), module):
+        for name in ("vera_A", "vera_B"):
+            tensors += list(getattr(holder, name, {}).values()) if hasattr(holder, name) else []
+    return tensors
+
+
+def gemm_rate(dtype: torch.dtype) -> float:
+    """Measured GFLOP/s of a (2048, 768) x (768, 768) product: the hardware's limit for the cases."""
+    a, b = torch.randn(2048, 768).to(dtype), torch.randn(768, 768).to(dtype)
+    best = float("inf")
+    for _ in range(20):
+        start = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - start)
+    return 2 * 2048 * 768 * 768 / best / 1e9
