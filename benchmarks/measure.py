@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,35 @@ class Timing:
     first: float
     kept: float
     """MiB of tensors that autograd keeps between forward and backward, parameters left out."""
+
+
+@dataclass
+class Spread:
+    """Milliseconds over the rounds: median and quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+
+def interleaved(
+    functions: Mapping[str, Callable[[], object]], rounds: int, *, inner: int = 2
+) -> dict[str, Spread]:
+    """Time functions in turns, so that drift hits all alike; the best of ``inner`` calls counts."""
+    for function in functions.values():
+        for _ in range(3):
+            function()
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            samples[name].append(min(_milliseconds(function) for _ in range(inner)))
+    return {name: Spread(*_quartiles(found)) for name, found in samples.items()}
+
+
+def _milliseconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return 1e3 * (time.perf_counter() - start)
 
 
 def measure(case: Case, names: Sequence[str], rounds: int) -> dict[str, Timing]:
