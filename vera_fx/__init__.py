@@ -27,6 +27,7 @@ from vera_fx.errors import (
     VeraFxError,
 )
 from vera_fx.explain import explain
+from vera_fx.lora import to_lora
 from vera_fx.merging import merge, unmerge
 
 __version__ = "0.1.0"
@@ -55,6 +56,7 @@ __all__ = [
     "parameter_summary",
     "save_adapter",
     "set_adapter",
+    "to_lora",
     "unload",
     "unmerge",
 ]

@@ -1,11 +1,8 @@
 """Adapters on disk, in PEFT's layout and under PEFT's keys; interchangeable both ways."""
 
-import contextlib
 import dataclasses
 import hashlib
 import os
-import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,6 +20,7 @@ from vera_fx.bank import AdapterBank, bank_of
 from vera_fx.build import Blueprint, blueprint, build_adapter, draw, install
 from vera_fx.config import VeraConfig
 from vera_fx.errors import CheckpointError, TargetError, listing
+from vera_fx.files import moved_into
 from vera_fx.names import check_known, check_name
 from vera_fx.peft_config import CONFIG_FILE, read_json, to_json
 from vera_fx.projections import Projections
@@ -31,7 +29,7 @@ from vera_fx.targets import resolve_targets
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _HASH = "vera_fx.projections_sha256"
-_PREFIX = "base_model.model."
+KEY_PREFIX = "base_model.model."
 _PROJECTIONS = ("base_model.vera_A", "base_model.vera_B")
 
 M = TypeVar("M", bound=nn.Module)
@@ -50,23 +48,23 @@ def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Ten
     bank = require_adapted(model)
     check_known(name, bank.adapters)
     adapter = bank.adapter(name)
-    state = {key: tensor.detach() for key, tensor in _tensors(adapter)}
+    state = {key: tensor.detach() for key, tensor in owned_tensors(adapter)}
     if adapter.config.save_projection:
         pair = bank.projections_of(adapter)
         state.update(zip(_PROJECTIONS, (pair.vera_A, pair.vera_B), strict=True))
     return state
 
 
-def _tensors(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
+def owned_tensors(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
     """``(PEFT's key, tensor)`` of everything an adapter owns, without the projections."""
     for path, vectors in adapter.vectors.by_path.items():
         for name, tensor in vectors.named_parameters():
-            yield f"{_PREFIX}{path}.{name}", tensor
+            yield f"{KEY_PREFIX}{path}.{name}", tensor
     for path, module in adapter.copies.by_path.items():
         wrapped = isinstance(module, TrainedBias) and path in adapter.vectors.by_path
         middle = "base_layer." if wrapped else ""
         for name, tensor in module.state_dict(keep_vars=True).items():
-            yield f"{_PREFIX}{path}.{middle}{name}", tensor
+            yield f"{KEY_PREFIX}{path}.{middle}{name}", tensor
 
 
 def load_adapter_state_dict(
@@ -93,7 +91,7 @@ def load_adapter_state_dict(
 
 def _fill(adapter: Adapter, state: Mapping[str, Tensor], *, source: str) -> None:
     """Copy every tensor of ``state`` into ``adapter``, after all of them have been checked."""
-    expected = dict(_tensors(adapter))
+    expected = dict(owned_tensors(adapter))
     missing = [key for key in expected if key not in state]
     unknown = [k for k in state if k not in expected and k not in _PROJECTIONS and not _is_stray(k)]
     if missing or unknown:
@@ -154,8 +152,7 @@ def save_adapter(
     metadata = {"format": "pt", _HASH: projections_hash(bank.projections_of(adapter))}
     folder = Path(directory)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _moved_into(folder) as aside:
+        with moved_into(folder) as aside:
             save_file(tensors, aside / WEIGHTS_FILE, metadata=metadata)
             (aside / CONFIG_FILE).write_text(to_json(model, adapter), encoding="utf-8")
     except (OSError, SafetensorError) as error:
@@ -163,21 +160,6 @@ def save_adapter(
             f"adapter {adapter_name!r} could not be saved to {folder}: {error}"
         ) from error
     return folder
-
-
-@contextlib.contextmanager
-def _moved_into(folder: Path) -> Iterator[Path]:
-    """A temporary folder whose files replace those of ``folder`` when the block ends well."""
-    aside = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
-    try:
-        yield aside
-        for path in sorted(aside.iterdir(), reverse=True):  # the weights before their description
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
-        for path in sorted(aside.iterdir(), reverse=True):
-            path.replace(folder / path.name)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def projections_hash(pair: Projections) -> str:

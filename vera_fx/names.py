@@ -1,6 +1,6 @@
 """Adapter names: they become parts of parameter names and of file paths."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
@@ -48,3 +48,20 @@ def check_known(name: str, known: Iterable[str]) -> None:
         raise AdapterError(
             f"there is no adapter called {name!r}{nearest(str(name), known) or f'; known: {listing(known)}'}"
         )
+
+
+def one_adapter(known: Iterable[str], active: Sequence[str], name: str | None) -> str:
+    """The adapter asked for, or the one that is active.
+
+    Raises:
+        AdapterError: an unknown name; or none was given and not exactly one adapter is active.
+    """
+    if name is not None:
+        check_known(name, known)
+        return name
+    if len(active) != 1:
+        raise AdapterError(
+            f"which adapter? {len(active)} are active ({listing(active)}) of {listing(known)}; "
+            "give adapter=... to name one"
+        )
+    return active[0]

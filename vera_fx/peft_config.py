@@ -46,7 +46,7 @@ def to_json(model: nn.Module, adapter: Adapter) -> str:
         values["target_modules"] = sorted(adapter.vectors.by_path)
         values["layers_to_transform"] = values["layers_pattern"] = None
     values.update(
-        auto_mapping=_auto_mapping(model, config),
+        auto_mapping=auto_mapping(model, config),
         base_model_name_or_path=base_model_name(model),
         inference_mode=True,
         peft_type="VERA",
@@ -60,7 +60,8 @@ def _plain(value: Any) -> Any:
     return sorted(value) if isinstance(value, tuple) else value
 
 
-def _auto_mapping(model: nn.Module, config: VeraConfig) -> dict[str, str] | None:
+def auto_mapping(model: nn.Module, config: VeraConfig) -> dict[str, str] | None:
+    """What PEFT notes of a model that no task type describes."""
     if config.task_type is not None:
         return None
     kind = type(model)

@@ -1,0 +1,112 @@
+"""An adapter as the LoRA adapter that computes the same: for tools that know LoRA only."""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vera_fx.adapter import Adapter
+from vera_fx.bank import AdapterBank
+from vera_fx.checkpoint import KEY_PREFIX, WEIGHTS_FILE, owned_tensors
+from vera_fx.errors import CheckpointError
+from vera_fx.files import moved_into
+from vera_fx.hf import base_model_name
+from vera_fx.names import one_adapter
+from vera_fx.peft_config import CONFIG_FILE, PEFT_VERSION, auto_mapping
+from vera_fx.runtime import require_adapted
+from vera_fx.targets import base_modules, is_conv1d
+
+_BIASES = {"none": "none", "all": "all", "vera_only": "lora_only"}
+
+
+def to_lora(
+    model: nn.Module, directory: str | os.PathLike[str], adapter: str | None = None
+) -> Path:
+    """Write an adapter as the LoRA adapter of the same rank that is equal to it.
+
+    ``lora_A = diag(d) A``, ``lora_B = diag(b) B`` and ``lora_alpha = r``, so that LoRA's
+    ``(alpha / r) lora_B lora_A`` is VeRA's ``diag(b) B diag(d) A``: no approximation, but each target
+    gets matrices of its own, ``r * (in + out)`` numbers in place of VeRA's ``r + out``.
+
+    Args:
+        model: an adapted model.
+        directory: folder for ``adapter_config.json`` and ``adapter_model.safetensors`` in PEFT's
+            LoRA layout; made if it does not exist. Saved modules and trained biases go along.
+        adapter: the adapter to write; None for the active one.
+
+    Returns:
+        The folder.
+
+    Raises:
+        AdapterError: the model is not adapted, there is no such adapter, or several are active.
+        CheckpointError: the adapter is merged and has modules of its own, or the folder cannot be
+            written to. Files that were there are untouched.
+    """
+    bank = require_adapted(model)
+    name = one_adapter(bank.adapters, bank.active, adapter)
+    chosen = bank.adapter(name)
+    if name in bank.merged and chosen.copies.by_path:
+        raise CheckpointError(f"adapter {name!r} is merged; unmerge the model before to_lora")
+    tensors = {key: value.detach().cpu().contiguous() for key, value in _lora(bank, chosen)}
+    folder = Path(directory)
+    try:
+        with moved_into(folder) as aside:
+            save_file(tensors, aside / WEIGHTS_FILE, metadata={"format": "pt"})
+            (aside / CONFIG_FILE).write_text(_config(model, chosen), encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"adapter {name!r} could not be written to {folder} as LoRA: {error}"
+        ) from error
+    return folder
+
+
+def _lora(bank: AdapterBank, adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
+    """PEFT's LoRA keys and tensors: ``lora_A (r, in)``, ``lora_B (out, r)``, then the copies."""
+    pair = bank.projections_of(adapter)
+    for path in adapter.vectors.by_path:
+        vectors, target = adapter.vectors_at(path), bank.targets[path]
+        if vectors is None:
+            continue
+        d, b = vectors.vera_lambda_d.detach(), vectors.vera_lambda_b.detach()
+        key = f"{KEY_PREFIX}{path}"
+        yield f"{key}.lora_A.weight", d[:, None] * pair.vera_A[:, : target.in_features]
+        yield f"{key}.lora_B.weight", b[:, None] * pair.vera_B[: target.out_features]
+    for key, tensor in owned_tensors(adapter):
+        if not key.endswith((".vera_lambda_d", ".vera_lambda_b")):
+            yield key, tensor.clone()
+
+
+def _config(model: nn.Module, adapter: Adapter) -> str:
+    config, paths = adapter.config, list(adapter.vectors.by_path)
+    values: dict[str, Any] = {
+        "auto_mapping": auto_mapping(model, config),
+        "base_model_name_or_path": base_model_name(model),
+        "bias": _BIASES[config.bias],
+        "fan_in_fan_out": any(is_conv1d(model.get_submodule(path)) for path in paths),
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": config.r,
+        "lora_dropout": config.vera_dropout,
+        "modules_to_save": list(config.saved_modules) or None,
+        "peft_type": "LORA",
+        "peft_version": PEFT_VERSION,
+        "r": config.r,
+        "target_modules": _targets(model, paths),
+        "task_type": config.task_type,
+    }
+    return json.dumps(values, indent=2, sort_keys=True) + "\n"
+
+
+def _targets(model: nn.Module, paths: list[str]) -> list[str] | str:
+    """The targets as full paths; as an expression where those are the ends of other paths."""
+    # PEFT matches the entries of a list with the ends of paths, too.
+    ends = tuple(f".{path}" for path in paths)
+    if any(path.endswith(ends) and path not in paths for path in base_modules(model)):
+        return "|".join(re.escape(path) for path in sorted(paths))
+    return sorted(paths)
