@@ -13,6 +13,7 @@ from ._protocol import (
     Skip,
 )
 from ._runner import PassRecord, PipelineReport, RunOptions, run_passes
+from .checkpoint_layers import CheckpointLayers
 from .choose_plans import (
     PLANS,
     Assignment,
@@ -38,6 +39,7 @@ __all__ = [
     "AdaptationPlan",
     "Assignment",
     "Branch",
+    "CheckpointLayers",
     "Choice",
     "DropMetadataAsserts",
     "GraphPass",
@@ -90,8 +92,16 @@ class AdaptationPlan:
     redirects: tuple[Redirect, ...] = ()
 
 
-def adaptation(plan: AdaptationPlan, assignment: Assignment) -> tuple[GraphPass, ...]:
-    """The passes that turn a captured graph into an adapted graph, in order."""
+def adaptation(
+    plan: AdaptationPlan, assignment: Assignment, checkpointed: frozenset[str] = frozenset()
+) -> tuple[GraphPass, ...]:
+    """The passes that turn a captured graph into an adapted graph, in order.
+
+    Args:
+        plan: the active adapters.
+        assignment: how each site's branch is computed.
+        checkpointed: paths of the layers to recompute in backward.
+    """
     return (
         RedirectParameters(plan.redirects),
         InsertVera(plan.targets, plan.branches),
@@ -99,4 +109,5 @@ def adaptation(plan: AdaptationPlan, assignment: Assignment) -> tuple[GraphPass,
         ShareProjection(),
         MergeWeight(assignment.merged, assignment.dense),
         ScaleBranch(assignment.scaled),
+        CheckpointLayers(checkpointed),
     )

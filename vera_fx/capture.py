@@ -23,7 +23,7 @@ from torch.fx.graph import CodeGen
 from vera_fx._torch import TreeSpec
 from vera_fx.debug import run_options
 from vera_fx.errors import CaptureError
-from vera_fx.hf import export_patches
+from vera_fx.hf import checkpointing_recorded, export_patches
 from vera_fx.passes import PipelineReport, cleanup, run_passes
 from vera_fx.returned import Stateful, mark_returned
 from vera_fx.signature import Call, CallReader, map_tensors
@@ -50,6 +50,7 @@ class Capture:
         stateful: names of the arguments whose new state is among the outputs.
         guards: which sizes the graph admits.
         values: its inputs as fake tensors, whose sizes may be symbols.
+        checkpointed: paths of the layers whose activations are to be recomputed in backward.
         variants: adapted graphs made from it, by the bank's structure and the plans.
         planners: what chooses the plans, by the bank's structure.
     """
@@ -62,6 +63,7 @@ class Capture:
     stateful: tuple[str, ...]
     guards: "Guards"
     values: list[Tensor]
+    checkpointed: frozenset[str] = frozenset()
     variants: dict[Any, dict[Any, Any]] = field(default_factory=dict[Any, dict[Any, Any]])
     planners: dict[Any, Any] = field(default_factory=dict[Any, Any])
 
@@ -103,7 +105,8 @@ def capture_call(model: nn.Module, forward: Any, reader: CallReader, call: Call)
         CaptureError: torch.export cannot trace the call.
     """
     stateful = Stateful.of(call.arguments)
-    exported = _export(model, forward, reader, call, stateful)
+    with checkpointing_recorded(model) as checkpointed:
+        exported = _export(model, forward, reader, call, stateful)
     graph = bind_live(exported, model)
     report = run_passes(graph, cleanup(), run_options("capture"))
     values = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
@@ -116,6 +119,7 @@ def capture_call(model: nn.Module, forward: Any, reader: CallReader, call: Call)
         stateful=stateful.names,
         guards=Guards(values),
         values=values,
+        checkpointed=frozenset(checkpointed),
     )
 
 

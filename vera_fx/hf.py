@@ -34,6 +34,39 @@ def export_patches(model: nn.Module) -> Iterator[None]:
         yield
 
 
+_CHECKPOINT = "_gradient_checkpointing_func"
+
+
+@contextlib.contextmanager
+def checkpointing_recorded(model: nn.Module) -> Iterator[set[str]]:
+    """Trace layers under gradient checkpointing as plain calls, and note which ones they are.
+
+    Transformers calls such a layer through ``_gradient_checkpointing_func``, which no export can
+    trace; the graph gets its checkpoints back from a pass.
+    """
+    paths = {module: path for path, module in model.named_modules()}
+    found: set[str] = set()
+
+    def plain(function: Any, *args: Any, **_: Any) -> Any:
+        found.update(paths[layer] for layer in _owners(function) if layer in paths)
+        return function(*args)
+
+    replaced = {m: m.__dict__[_CHECKPOINT] for m in paths if _CHECKPOINT in m.__dict__}
+    try:
+        for module in replaced:
+            module.__dict__[_CHECKPOINT] = plain
+        yield found
+    finally:
+        for module, function in replaced.items():
+            module.__dict__[_CHECKPOINT] = function
+
+
+def _owners(function: Any) -> list[Any]:
+    """The module that a checkpointed function runs: bound to it, or its first given argument."""
+    inner = getattr(function, "func", function)
+    return [getattr(inner, "__self__", None), *getattr(function, "args", ())[:1]]
+
+
 def base_model_name(model: nn.Module) -> str | None:
     """Where the model was loaded from, as PEFT writes it into ``adapter_config.json``."""
     name: Any = getattr(getattr(model, "config", None), "_name_or_path", None)

@@ -136,8 +136,9 @@ def adapt_graph(bank: AdapterBank, capture: Capture, choice: Choice) -> Variant:
     """Run the adapting passes on a copy of a captured graph."""
     graph = _copy_of(capture.graph)
     plan = bank.plan(lambda path: capture.training.get(path, False))
+    passes = adaptation(plan, choice.assignment, capture.checkpointed)
     try:
-        report = run_passes(graph, adaptation(plan, choice.assignment), run_options("adapt"))
+        report = run_passes(graph, passes, run_options("adapt"))
     except SiteError as error:
         raise TargetError(str(error)) from error
     return Variant(graph, report, choice)

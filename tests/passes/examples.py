@@ -9,6 +9,7 @@ from torch.export import Dim
 from torch.fx import GraphModule
 from vera_fx.passes import (
     Branch,
+    CheckpointLayers,
     DropMetadataAsserts,
     GraphPass,
     InlineGradMode,
@@ -143,6 +144,7 @@ class Example:
 
 EXAMPLES: dict[str, Example] = {
     "InlineGradMode": Example(InlineGradMode(), lambda: graph_of(RotaryLike(), torch.randn(4, 3))),
+    "CheckpointLayers": Example(CheckpointLayers(frozenset({"lin"})), adapted_linear),
     "DropMetadataAsserts": Example(
         DropMetadataAsserts(), lambda: graph_of(Casts(), torch.randn(4, 3))
     ),
