@@ -23,12 +23,15 @@ from vera_fx.errors import (
     CaptureError,
     CheckpointError,
     ConfigError,
+    ExportError,
     TargetError,
     VeraFxError,
 )
 from vera_fx.explain import explain
+from vera_fx.export import export_program, program_vectors
 from vera_fx.lora import to_lora
 from vera_fx.merging import merge, unmerge
+from vera_fx.program_files import load_program, save_program
 
 __version__ = "0.1.0"
 
@@ -37,6 +40,7 @@ __all__ = [
     "CaptureError",
     "CheckpointError",
     "ConfigError",
+    "ExportError",
     "ParameterSummary",
     "TargetError",
     "VeraConfig",
@@ -50,11 +54,15 @@ __all__ = [
     "delete_adapter",
     "disable_adapters",
     "explain",
+    "export_program",
     "load_adapter",
     "load_adapter_state_dict",
+    "load_program",
     "merge",
     "parameter_summary",
+    "program_vectors",
     "save_adapter",
+    "save_program",
     "set_adapter",
     "to_lora",
     "unload",

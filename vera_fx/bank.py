@@ -5,7 +5,7 @@ plain holders outside of ``state_dict`` that `AdapterBank.bind` points at the ac
 tensors. Switching adapters rebinds the slots, so that no graph changes.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -125,6 +125,16 @@ class AdapterBank(nn.Module):
             values[self._name(path, name)] = tensor
         slot.__dict__.clear()
         slot.__dict__.update(values)
+
+    def slot_tensors(self, adapter: Adapter) -> Iterator[tuple[str, str, str, Tensor]]:
+        """``(slot attribute, module path, name, tensor)`` of all that ``adapter`` itself owns."""
+        for path in adapter.vectors.by_path:
+            vectors = adapter.vectors_at(path)
+            if vectors is not None:
+                yield self._name(path, "lambda_d"), path, "lambda_d", vectors.vera_lambda_d
+                yield self._name(path, "lambda_b"), path, "lambda_b", vectors.vera_lambda_b
+        for path, name, tensor in adapter.copied_tensors():
+            yield self._name(path, name), path, name, tensor
 
     def _name(self, path: str, name: str) -> str:
         """A slot's attribute for tensor ``name`` of the module at ``path``: an identifier."""

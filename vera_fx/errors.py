@@ -31,6 +31,10 @@ class CheckpointError(VeraFxError, ValueError):
     """Adapter files that are missing, damaged or do not fit the model."""
 
 
+class ExportError(VeraFxError, ValueError):
+    """An adapted model that cannot become a program of its own, or a program that does not fit."""
+
+
 def nearest(word: str, known: Iterable[str], *, limit: int = 3) -> str:
     """``"; did you mean 'a', 'b'?"`` for the known words closest to ``word``, or nothing."""
     matches = difflib.get_close_matches(word, list(known), n=limit, cutoff=0.5)

@@ -76,6 +76,24 @@ def unmerge(model: nn.Module) -> None:
     bank.bind()
 
 
+def merged_weights(model: nn.Module, bank: AdapterBank, name: str) -> dict[str, Tensor]:
+    """What merging the adapter would make of its targets' weights, by every path of each weight.
+
+    Raises:
+        AdapterError: a weight that cannot be merged, or values that are not finite.
+    """
+    _check_mergeable(bank, (name,))
+    _check_finite(model, bank, (name,))
+    merged = {
+        id(w): (w.detach() + d).to(w.dtype) for w, d in _deltas(model, bank, bank.adapter(name))
+    }
+    found: dict[str, Tensor] = {}
+    for path in bank.adapter(name).vectors.by_path:
+        value = merged[id(weight_of(model, path))]
+        found.update(dict.fromkeys(bank.targets[path].weights, value))
+    return found
+
+
 def _to_merge(bank: AdapterBank, names: Sequence[str] | str | None) -> list[str]:
     wanted = bank.active if names is None else (names,) if isinstance(names, str) else tuple(names)
     for name in wanted:

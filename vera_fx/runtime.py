@@ -134,7 +134,7 @@ def _choose(model: nn.Module, capture: Capture, call: Call, known: list[Any]) ->
 
 def adapt_graph(bank: AdapterBank, capture: Capture, choice: Choice) -> Variant:
     """Run the adapting passes on a copy of a captured graph."""
-    graph = _copy_of(capture.graph)
+    graph = copy_of(capture.graph)
     plan = bank.plan(lambda path: capture.training.get(path, False))
     passes = adaptation(plan, choice.assignment, capture.checkpointed)
     try:
@@ -144,7 +144,7 @@ def adapt_graph(bank: AdapterBank, capture: Capture, choice: Choice) -> Variant:
     return Variant(graph, report, choice)
 
 
-def _copy_of(bound: GraphModule) -> GraphModule:
+def copy_of(bound: GraphModule) -> GraphModule:
     """A second graph over the same live model."""
     copy = GraphModule(nn.Module(), Graph())
     copy.__dict__.update({k: v for k, v in bound.__dict__.items() if k != "_graph"})

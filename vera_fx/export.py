@@ -1,0 +1,230 @@
+"""An adapted model as a `torch.export` program that runs without vera_fx."""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.fx import GraphModule
+
+from vera_fx._torch import tree_flatten
+from vera_fx.adapter import Adapter
+from vera_fx.bank import AdapterBank, slot_path
+from vera_fx.capture import Capture
+from vera_fx.checkpoint import KEY_PREFIX, owned_tensors, projections_hash
+from vera_fx.errors import AdapterError, ExportError, listing, nearest
+from vera_fx.merging import merged_weights
+from vera_fx.names import one_adapter
+from vera_fx.passes import Assignment, RedirectParameters, adaptation, run_passes
+from vera_fx.program_files import check_vectors, set_manifest
+from vera_fx.program_module import AUTO, VECTORS, Read, attribute_at, export_module, own
+from vera_fx.returned import is_stateful
+from vera_fx.runtime import copy_of, prepare, require_adapted
+from vera_fx.signature import Call
+from vera_fx.targets import base_modules
+
+FORMS = ("merged", "constant", "input")
+
+
+def export_program(
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    adapter: str | None = None,
+    form: str = "merged",
+    dynamic_shapes: Mapping[str, Any] | str | None = AUTO,
+) -> ExportedProgram:
+    """Export one adapter over its base as a program of ATen operators that owns its tensors.
+
+    The program is called as the example call is: tensors by position or by name as given here;
+    whatever else was passed is fixed. A Hugging Face ``ModelOutput`` comes back as a dict.
+
+    Args:
+        model: an adapted model in eval mode.
+        args: positional arguments of an example call.
+        kwargs: keyword arguments of an example call.
+        adapter: the adapter to export; None for the active one.
+        form: ``"merged"`` folds the adapter into the weights; ``"constant"`` keeps the branch, with
+            projections and vectors among the program's tensors (``vera.*``); ``"input"`` takes the
+            vectors as the keyword argument ``vectors``, a dict that `program_vectors` makes, so
+            that one program serves every adapter with the same projections and targets.
+        dynamic_shapes: ``"auto"`` leaves every size above 1 open that tracing does not fix; None
+            fixes all; or torch.export's ``dynamic_shapes`` by argument name.
+
+    Raises:
+        AdapterError: the model is not adapted, there is no such adapter, or several are active.
+        ExportError: adapters are merged, the model is in train mode, the call passes a cache or
+            another object with a state, a weight cannot be merged, or torch.export refuses the
+            shapes.
+        CaptureError: the call cannot be captured.
+        The model is unchanged after any of them.
+    """
+    bank = require_adapted(model)
+    if form not in FORMS:
+        raise ExportError(
+            f"form must be one of {listing(FORMS)}, got {form!r}{nearest(str(form), FORMS)}"
+        )
+    name = one_adapter(bank.adapters, bank.active, adapter)
+    _check_state(model, bank)
+    with _alone(bank, name), torch.no_grad():
+        ready, call = prepare(model, tuple(args), dict(kwargs or {}))
+        _check_call(call)
+        graph = _graph(bank, bank.adapter(name), ready.capture, form)
+        reads = _reads(model, bank, name, form)
+        program, vectors = own(graph, reads, ready.capture)
+        arguments = {n: v for n, v in call.arguments.items() if _has_tensor(v)}
+        count = sum(_has_tensor(value) for value in args)
+        if form == "input":
+            arguments[VECTORS] = vectors
+        exported = export_module(program, arguments, count, dynamic_shapes)
+    set_manifest(exported, _manifest(bank, name, form))
+    return exported
+
+
+def program_vectors(
+    model: nn.Module, name: str | None = None, program: ExportedProgram | None = None
+) -> dict[str, Tensor]:
+    """An adapter's tensors as a program of form ``"input"`` takes them, detached but not copied.
+
+    The keys are those of a PEFT checkpoint without its projections: the tensors of an
+    ``adapter_model.safetensors`` can be given to the program as they are read.
+
+    Args:
+        model: an adapted model.
+        name: the adapter; None for the active one.
+        program: a program to check them against, from `export_program` or `load_program`.
+
+    Raises:
+        AdapterError: the model is not adapted, there is no such adapter, or several are active.
+        ExportError: the adapter's targets, rank or projections are not those of ``program``.
+    """
+    bank = require_adapted(model)
+    name = one_adapter(bank.adapters, bank.active, name)
+    vectors = _vectors(bank.adapter(name))
+    if program is not None:
+        check_vectors(program, _projections(bank, bank.adapter(name)), vectors, name)
+    return vectors
+
+
+def _vectors(adapter: Adapter) -> dict[str, Tensor]:
+    return {key: tensor.detach() for key, tensor in owned_tensors(adapter)}
+
+
+def _manifest(bank: AdapterBank, name: str, form: str) -> dict[str, Any]:
+    """What a program was made from, as far as a reader may want to check or change it."""
+    adapter = bank.adapter(name)
+    shapes = {key: list(value.shape) for key, value in _vectors(adapter).items()}
+    return {
+        "form": form,
+        "adapter": name,
+        "targets": list(adapter.vectors.by_path),
+        "vectors": shapes,
+        "projections": _projections(bank, adapter),
+    }
+
+
+def _projections(bank: AdapterBank, adapter: Adapter) -> dict[str, Any]:
+    pair = bank.projections_of(adapter)
+    return {
+        "sha256": projections_hash(pair),
+        "seed": adapter.config.projection_prng_key,
+        "r": pair.r,
+        "max_in": pair.vera_A.shape[1],
+        "max_out": pair.vera_B.shape[0],
+    }
+
+
+def _check_state(model: nn.Module, bank: AdapterBank) -> None:
+    if bank.merged:
+        raise ExportError(
+            f"adapters {listing(bank.merged)} are merged into the base weights; unmerge the model "
+            'before exporting (form="merged" folds the weights of the program alone)'
+        )
+    training = [
+        path or "the model" for path, module in base_modules(model).items() if module.training
+    ]
+    if training:
+        raise ExportError(
+            f"{training[0]} is in train mode; programs are exported for inference: call model.eval()"
+        )
+
+
+def _check_call(call: Call) -> None:
+    for name, value in call.arguments.items():
+        if is_stateful(value) and not isinstance(value, Tensor):
+            raise ExportError(
+                f"argument {name!r} is a {type(value).__name__}, whose type a reader of the program "
+                "would need; pass tensors and plain containers only (use_cache=False)"
+            )
+        if name.startswith("*") or name == VECTORS:
+            raise ExportError(
+                f"argument {name!r} cannot be an input of a program: "
+                "give every argument a name of its own, other than 'vectors'"
+            )
+
+
+def _has_tensor(value: Any) -> bool:
+    return any(isinstance(leaf, Tensor) for leaf in tree_flatten(value)[0])
+
+
+@contextlib.contextmanager
+def _alone(bank: AdapterBank, name: str) -> Iterator[None]:
+    """Inside the block exactly this adapter computes; who trains is left alone."""
+    before = bank.active, bank.enabled
+    bank.active, bank.enabled = (name,), True
+    bank.bind()
+    try:
+        yield
+    finally:
+        bank.active, bank.enabled = before
+        bank.bind()
+
+
+def _graph(bank: AdapterBank, adapter: Adapter, capture: Capture, form: str) -> GraphModule:
+    """The captured graph, with the branch unless it is to be merged."""
+    plan = bank.plan(lambda path: capture.training.get(path, False))
+    # Targets of other adapters get no branch: here they would add zeros.
+    own_paths = adapter.vectors.by_path
+    branches = tuple(
+        branch if target.path in own_paths else ()
+        for target, branch in zip(plan.targets, plan.branches, strict=True)
+    )
+    graph = copy_of(capture.graph)
+    passes = (
+        (RedirectParameters(plan.redirects),)
+        if form == "merged"
+        # Factored: the plans that merge within the call are no plain ATen operators.
+        else adaptation(replace(plan, branches=branches), Assignment())
+    )
+    run_passes(graph, passes)
+    return graph
+
+
+def _reads(model: nn.Module, bank: AdapterBank, name: str, form: str) -> dict[str, Read]:
+    """By the path under which graphs read it, each tensor that the program names anew."""
+    adapter = bank.adapter(name)
+    keys = {id(tensor): key for key, tensor in owned_tensors(adapter)}
+    reads: dict[str, Read] = {}
+    for attribute, path, tensor_name, tensor in bank.slot_tensors(adapter):
+        key = keys.get(id(tensor))
+        label = f"{path}.{tensor_name}" if key is None else key.removeprefix(KEY_PREFIX)
+        is_input = form == "input" and key is not None
+        read = Read(key if is_input and key else f"vera.{label}", tensor, is_input)
+        reads[slot_path(0, attribute)] = read
+    for projection in ("vera_A", "vera_B"):
+        path = slot_path(0, projection)
+        reads[path] = Read(f"vera.{projection}", attribute_at(model, path))
+    if form == "merged":
+        reads |= {path: Read(path, value) for path, value in _merged(model, bank, name).items()}
+    return reads
+
+
+def _merged(model: nn.Module, bank: AdapterBank, name: str) -> dict[str, Tensor]:
+    try:
+        return merged_weights(model, bank, name)
+    except AdapterError as error:
+        raise ExportError(f'form="merged" cannot be exported: {error}') from error

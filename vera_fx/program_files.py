@@ -1,0 +1,107 @@
+"""Exported programs on disk: whole or not at all, with a manifest of what they were made from."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from vera_fx.errors import ExportError
+from vera_fx.files import moved_into
+
+MANIFEST = "vera_fx"
+_FILE = "vera_fx.json"
+
+
+def manifest_of(program: ExportedProgram) -> dict[str, Any]:
+    """What the program was made from; empty for a program that vera_fx has not made or loaded."""
+    return program.graph_module.meta.get(MANIFEST, {})
+
+
+def set_manifest(program: ExportedProgram, manifest: Mapping[str, Any]) -> None:
+    """Keep the manifest with the program, from where `save_program` takes it."""
+    program.graph_module.meta[MANIFEST] = dict(manifest)
+
+
+def save_program(program: ExportedProgram, path: str | os.PathLike[str]) -> Path:
+    """Write a program as a ``.pt2`` file that ``torch.export.load`` reads.
+
+    The file is written aside and then moved into place: after an error the target is what it was.
+
+    Args:
+        program: a program, from `export_program` or from anywhere else.
+        path: the file; its folder is made if it does not exist.
+
+    Returns:
+        The path.
+
+    Raises:
+        ExportError: the path does not end in ``.pt2``, or the file cannot be written.
+    """
+    target = Path(path)
+    if target.suffix != ".pt2":
+        raise ExportError(f"{target} must end in .pt2, the suffix of torch.export's files")
+    extra = {_FILE: json.dumps(manifest_of(program))}
+    try:
+        with moved_into(target.parent) as aside:
+            torch.export.save(program, aside / target.name, extra_files=extra)
+    # torch's writer reports a full disk as a RuntimeError.
+    except (OSError, RuntimeError) as error:
+        raise ExportError(f"the program could not be saved to {target}: {error}") from error
+    return target
+
+
+def load_program(path: str | os.PathLike[str]) -> ExportedProgram:
+    """Read a program and its manifest; to run a program, ``torch.export.load`` does as well.
+
+    Raises:
+        ExportError: there is no such file, or it is damaged.
+    """
+    extra = {_FILE: ""}
+    try:
+        program = torch.export.load(Path(path), extra_files=extra)
+    except Exception as error:
+        raise ExportError(f"{path} cannot be read as a program: {error}") from error
+    set_manifest(program, json.loads(extra[_FILE] or "{}"))
+    return program
+
+
+def check_vectors(
+    program: ExportedProgram, expected: Mapping[str, Any], vectors: Mapping[str, Tensor], name: str
+) -> None:
+    """Refuse vectors that do not fit the inputs of a program.
+
+    Args:
+        program: a program of form ``"input"``.
+        expected: what the adapter's projections are, as in the manifest.
+        vectors: the adapter's tensors.
+        name: the adapter's name.
+
+    Raises:
+        ExportError: with the first difference.
+    """
+    manifest = manifest_of(program)
+    if manifest.get("form") != "input":
+        raise ExportError(
+            f'the program takes no vectors: its form is {manifest.get("form", "unknown")!r}, not "input"'
+        )
+    shapes: dict[str, list[int]] = manifest["vectors"]
+    missing, unknown = shapes.keys() - vectors.keys(), vectors.keys() - shapes.keys()
+    for key in sorted(missing | unknown):
+        owner = f"adapter {name!r}" if key in missing else "the program"
+        raise ExportError(f"adapter {name!r} does not fit the program: {owner} has no {key}")
+    for key, shape in shapes.items():
+        if list(vectors[key].shape) != shape:
+            raise ExportError(
+                f"adapter {name!r} does not fit the program: {key} has shape "
+                f"{tuple(vectors[key].shape)}, the program takes {tuple(shape)}"
+            )
+    if manifest["projections"]["sha256"] != expected["sha256"]:
+        raise ExportError(
+            f"adapter {name!r} does not fit the program: it was trained with other projections "
+            f"(seed {expected['seed']}) than the program holds (seed {manifest['projections']['seed']})"
+        )
