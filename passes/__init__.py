@@ -32,6 +32,7 @@ from .redirect_parameters import Redirect, RedirectParameters
 from .scale_branch import ScaleBranch
 from .share_projection import ShareProjection
 from .sites import Site, SiteSearch, Target, find_sites
+from .zero_masked_rows import ZeroMaskedRows
 
 __all__ = [
     "META_KEY",
@@ -66,6 +67,7 @@ __all__ = [
     "Tag",
     "Target",
     "Workload",
+    "ZeroMaskedRows",
     "adaptation",
     "choose_plans",
     "cleanup",

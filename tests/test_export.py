@@ -11,11 +11,10 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 
 import vera_fx
-from tests.helpers import assert_close, assert_far_apart, fill_vectors, hook_reference, main_output
-from tests.models import BY_NAME, MLP, tokens
+from tests.export_models import FORMS, adapted, call_of, eager, extra_of, fixed_of
+from tests.helpers import assert_close, assert_far_apart, fill_vectors, hook_reference
+from tests.models import MLP
 from tests.strategies import Case, cases
-
-FORMS = ("merged", "constant", "input")
 
 RUNNER = """
 import sys, torch
@@ -32,41 +31,6 @@ torch.save(results, f"{folder}/results.pt")
 """
 
 
-def adapted(name: str, **config) -> tuple[nn.Module, nn.Module]:
-    family = BY_NAME[name]
-    base = family.build().eval()
-    settings = vera_fx.VeraConfig(**{"r": 6, **family.config, **config})
-    model = vera_fx.adapt(copy.deepcopy(base), settings).eval()
-    fill_vectors(model)
-    with torch.no_grad():
-        for _, _, tensor in model.vera.adapter("default").copied_tensors():
-            tensor.add_(0.1)
-    return base, model
-
-
-def call_of(name: str, batch: int = 3, length: int = 7) -> dict[str, Tensor]:
-    """Inputs that stay inputs of the program: tensors only."""
-    generator = torch.Generator().manual_seed(batch * 100 + length)
-    if name == "mlp":
-        return {"x": torch.randn(batch, 10, generator=generator)}
-    if name == "vit":
-        return {"pixel_values": torch.randn(batch, 3, 8, 8, generator=generator)}
-    ids = tokens(batch, length)
-    mask = torch.ones_like(ids)
-    mask[0, :2] = 0
-    inputs = {"input_ids": ids, "attention_mask": mask}
-    return inputs | ({"decoder_input_ids": tokens(batch, 5)} if name == "t5" else {})
-
-
-def fixed_of(name: str) -> dict[str, bool]:
-    return {"use_cache": False} if BY_NAME[name].generates else {}
-
-
-def eager(model: nn.Module, name: str, call: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        return main_output(model(**call, **fixed_of(name)))
-
-
 def run_elsewhere(folder: Path) -> dict[str, list[Tensor]]:
     """Run the programs in a process that has imported nothing but torch."""
     done = subprocess.run(
@@ -78,10 +42,6 @@ def run_elsewhere(folder: Path) -> dict[str, list[Tensor]]:
     )
     assert done.returncode == 0, done.stderr
     return torch.load(folder / "results.pt")
-
-
-def extra_of(model: nn.Module, form: str) -> dict[str, dict[str, Tensor]]:
-    return {"vectors": vera_fx.program_vectors(model)} if form == "input" else {}
 
 
 @pytest.mark.parametrize("name", ["mlp", "llama", pytest.param("bert", marks=pytest.mark.slow)])

@@ -31,6 +31,7 @@ from vera_fx.explain import explain
 from vera_fx.export import export_program, program_vectors
 from vera_fx.lora import to_lora
 from vera_fx.merging import merge, unmerge
+from vera_fx.onnx_files import export_onnx
 from vera_fx.program_files import load_program, save_program
 
 __version__ = "0.1.0"
@@ -54,6 +55,7 @@ __all__ = [
     "delete_adapter",
     "disable_adapters",
     "explain",
+    "export_onnx",
     "export_program",
     "load_adapter",
     "load_adapter_state_dict",

@@ -17,6 +17,7 @@ TreeSpec = pytree.TreeSpec
 tree_flatten = pytree.tree_flatten
 tree_unflatten = pytree.tree_unflatten
 tree_map = pytree.tree_map
+tree_flatten_with_path = pytree.tree_flatten_with_path
 register_pytree_node = pytree.register_pytree_node
 
 

@@ -18,7 +18,7 @@ from vera_fx.checkpoint import KEY_PREFIX, owned_tensors, projections_hash
 from vera_fx.errors import AdapterError, ExportError, listing, nearest
 from vera_fx.merging import merged_weights
 from vera_fx.names import one_adapter
-from vera_fx.passes import Assignment, RedirectParameters, adaptation, run_passes
+from vera_fx.passes import Assignment, GraphPass, RedirectParameters, adaptation, run_passes
 from vera_fx.program_files import check_vectors, set_manifest
 from vera_fx.program_module import AUTO, VECTORS, Read, attribute_at, export_module, own
 from vera_fx.returned import is_stateful
@@ -63,6 +63,20 @@ def export_program(
         CaptureError: the call cannot be captured.
         The model is unchanged after any of them.
     """
+    call = tuple(args), dict(kwargs or {})
+    return export_call(model, call, adapter=adapter, form=form, dynamic_shapes=dynamic_shapes)
+
+
+def export_call(
+    model: nn.Module,
+    call: tuple[tuple[Any, ...], dict[str, Any]],
+    *,
+    adapter: str | None,
+    form: str,
+    dynamic_shapes: Any,
+    passes: Sequence[GraphPass] = (),
+) -> ExportedProgram:
+    """`export_program`, with further passes over the graph that is exported."""
     bank = require_adapted(model)
     if form not in FORMS:
         raise ExportError(
@@ -71,15 +85,15 @@ def export_program(
     name = one_adapter(bank.adapters, bank.active, adapter)
     _check_state(model, bank)
     with _alone(bank, name), torch.no_grad():
-        ready, call = prepare(model, tuple(args), dict(kwargs or {}))
-        _check_call(call)
+        ready, read = prepare(model, *call)
+        _check_call(read)
         graph = _graph(bank, bank.adapter(name), ready.capture, form)
-        reads = _reads(model, bank, name, form)
-        program, vectors = own(graph, reads, ready.capture)
-        arguments = {n: v for n, v in call.arguments.items() if _has_tensor(v)}
-        count = sum(_has_tensor(value) for value in args)
+        run_passes(graph, passes)
+        program, vectors = own(graph, _reads(model, bank, name, form), ready.capture)
+        arguments = {n: v for n, v in read.arguments.items() if _has_tensor(v)}
         if form == "input":
             arguments[VECTORS] = vectors
+        count = sum(map(_has_tensor, call[0]))
         exported = export_module(program, arguments, count, dynamic_shapes)
     set_manifest(exported, _manifest(bank, name, form))
     return exported

@@ -21,6 +21,7 @@ from vera_fx.passes import (
     ScaleBranch,
     ShareProjection,
     Target,
+    ZeroMaskedRows,
     run_passes,
 )
 
@@ -99,6 +100,12 @@ class Head(nn.Module):
         return self.head(x)
 
 
+class Masked(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x[None, None]
+        return nn.functional.scaled_dot_product_attention(rows, rows, rows, x @ x.T > 3)
+
+
 def one_target() -> InsertVera:
     return InsertVera(
         (Target("lin", 3, 5, "out_in", ("lin.weight",)),),
@@ -157,4 +164,5 @@ EXAMPLES: dict[str, Example] = {
     "MergeWeight": Example(MergeWeight(through_z=frozenset({"lin"})), adapted_linear),
     "ScaleBranch": Example(ScaleBranch(frozenset({"lin"})), adapted_linear),
     "ShareProjection": Example(ShareProjection(), adapted_readers),
+    "ZeroMaskedRows": Example(ZeroMaskedRows(), lambda: graph_of(Masked(), torch.randn(4, 3))),
 }
