@@ -274,9 +274,9 @@ class TestBadInput:
             vera_fx.program_vectors(model, "targets", program)
         with pytest.raises(vera_fx.ExportError, match=r"other projections \(seed 5\)"):
             vera_fx.program_vectors(model, "seed", program)
-        constant = vera_fx.export_program(model, kwargs=call_of("mlp"), form="constant")
+        merged = vera_fx.export_program(model, kwargs=call_of("mlp"), form="merged")
         with pytest.raises(vera_fx.ExportError, match="takes no vectors"):
-            vera_fx.program_vectors(model, "default", constant)
+            vera_fx.program_vectors(model, "default", merged)
 
     def test_tied_weights_cannot_be_merged(self) -> None:
         model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))

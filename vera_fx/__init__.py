@@ -11,6 +11,7 @@ from vera_fx.adapters import (
     parameter_summary,
     set_adapter,
 )
+from vera_fx.aoti import export_aoti
 from vera_fx.checkpoint import (
     adapter_state_dict,
     load_adapter,
@@ -55,6 +56,7 @@ __all__ = [
     "delete_adapter",
     "disable_adapters",
     "explain",
+    "export_aoti",
     "export_onnx",
     "export_program",
     "load_adapter",

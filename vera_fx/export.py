@@ -19,7 +19,7 @@ from vera_fx.errors import AdapterError, ExportError, listing, nearest
 from vera_fx.merging import merged_weights
 from vera_fx.names import one_adapter
 from vera_fx.passes import Assignment, GraphPass, RedirectParameters, adaptation, run_passes
-from vera_fx.program_files import check_vectors, set_manifest
+from vera_fx.program_files import fit_vectors, manifest_of, set_manifest
 from vera_fx.program_module import AUTO, VECTORS, Read, attribute_at, export_module, own
 from vera_fx.returned import is_stateful
 from vera_fx.runtime import copy_of, prepare, require_adapted
@@ -95,22 +95,24 @@ def export_call(
             arguments[VECTORS] = vectors
         count = sum(map(_has_tensor, call[0]))
         exported = export_module(program, arguments, count, dynamic_shapes)
-    set_manifest(exported, _manifest(bank, name, form))
+    set_manifest(exported, _manifest(bank, name, form, exported))
     return exported
 
 
 def program_vectors(
-    model: nn.Module, name: str | None = None, program: ExportedProgram | None = None
+    model: nn.Module, name: str | None = None, program: Any = None
 ) -> dict[str, Tensor]:
-    """An adapter's tensors as a program of form ``"input"`` takes them, detached but not copied.
+    """An adapter's tensors as a program takes them, detached but not copied.
 
-    The keys are those of a PEFT checkpoint without its projections: the tensors of an
-    ``adapter_model.safetensors`` can be given to the program as they are read.
+    For form ``"input"`` the keys are those of a PEFT checkpoint without its projections: the
+    tensors of an ``adapter_model.safetensors`` can be given to the program as they are read. For
+    form ``"constant"`` they are names in the program's ``state_dict``, for ``load_constants``.
 
     Args:
         model: an adapted model.
         name: the adapter; None for the active one.
-        program: a program to check them against, from `export_program` or `load_program`.
+        program: the program to make them for and to check them against: from `export_program`,
+            `load_program`, or an AOTInductor package; None for one of form ``"input"``, unchecked.
 
     Raises:
         AdapterError: the model is not adapted, there is no such adapter, or several are active.
@@ -118,27 +120,33 @@ def program_vectors(
     """
     bank = require_adapted(model)
     name = one_adapter(bank.adapters, bank.active, name)
-    vectors = _vectors(bank.adapter(name))
-    if program is not None:
-        check_vectors(program, _projections(bank, bank.adapter(name)), vectors, name)
-    return vectors
+    adapter = bank.adapter(name)
+    vectors = {key: tensor.detach() for key, tensor in owned_tensors(adapter)}
+    if program is None:
+        return vectors
+    return fit_vectors(manifest_of(program), _projections(bank, adapter), vectors, name)
 
 
-def _vectors(adapter: Adapter) -> dict[str, Tensor]:
-    return {key: tensor.detach() for key, tensor in owned_tensors(adapter)}
-
-
-def _manifest(bank: AdapterBank, name: str, form: str) -> dict[str, Any]:
+def _manifest(bank: AdapterBank, name: str, form: str, program: ExportedProgram) -> dict[str, Any]:
     """What a program was made from, as far as a reader may want to check or change it."""
     adapter = bank.adapter(name)
-    shapes = {key: list(value.shape) for key, value in _vectors(adapter).items()}
+    vectors: dict[str, Any] = {}
+    for key, tensor in owned_tensors(adapter):
+        constant = _constant_name(key)
+        known = key if form == "input" else constant if constant in program.state_dict else None
+        vectors[key] = {"shape": list(tensor.shape), "name": known}
     return {
         "form": form,
         "adapter": name,
         "targets": list(adapter.vectors.by_path),
-        "vectors": shapes,
+        "vectors": vectors,
         "projections": _projections(bank, adapter),
     }
+
+
+def _constant_name(key: str) -> str:
+    """What a program calls a tensor of the adapter that a checkpoint has under ``key``."""
+    return f"vera.{key.removeprefix(KEY_PREFIX)}"
 
 
 def _projections(bank: AdapterBank, adapter: Adapter) -> dict[str, Any]:
@@ -225,9 +233,9 @@ def _reads(model: nn.Module, bank: AdapterBank, name: str, form: str) -> dict[st
     reads: dict[str, Read] = {}
     for attribute, path, tensor_name, tensor in bank.slot_tensors(adapter):
         key = keys.get(id(tensor))
-        label = f"{path}.{tensor_name}" if key is None else key.removeprefix(KEY_PREFIX)
+        constant = _constant_name(f"{path}.{tensor_name}" if key is None else key)
         is_input = form == "input" and key is not None
-        read = Read(key if is_input and key else f"vera.{label}", tensor, is_input)
+        read = Read(key if is_input and key else constant, tensor, is_input)
         reads[slot_path(0, attribute)] = read
     for projection in ("vera_A", "vera_B"):
         path = slot_path(0, projection)

@@ -17,9 +17,15 @@ MANIFEST = "vera_fx"
 _FILE = "vera_fx.json"
 
 
-def manifest_of(program: ExportedProgram) -> dict[str, Any]:
-    """What the program was made from; empty for a program that vera_fx has not made or loaded."""
-    return program.graph_module.meta.get(MANIFEST, {})
+def manifest_of(program: Any) -> dict[str, Any]:
+    """What the program was made from; empty for a program that vera_fx has not made or loaded.
+
+    Args:
+        program: an ``ExportedProgram``, or an AOTInductor package as torch loads it.
+    """
+    if isinstance(program, ExportedProgram):
+        return program.graph_module.meta.get(MANIFEST, {})
+    return json.loads(program.get_metadata().get(MANIFEST, "{}"))
 
 
 def set_manifest(program: ExportedProgram, manifest: Mapping[str, Any]) -> None:
@@ -70,38 +76,41 @@ def load_program(path: str | os.PathLike[str]) -> ExportedProgram:
     return program
 
 
-def check_vectors(
-    program: ExportedProgram, expected: Mapping[str, Any], vectors: Mapping[str, Tensor], name: str
-) -> None:
-    """Refuse vectors that do not fit the inputs of a program.
+def fit_vectors(
+    manifest: Mapping[str, Any],
+    projections: Mapping[str, Any],
+    vectors: Mapping[str, Tensor],
+    name: str,
+) -> dict[str, Tensor]:
+    """An adapter's tensors under the names that a program has for them.
 
     Args:
-        program: a program of form ``"input"``.
-        expected: what the adapter's projections are, as in the manifest.
-        vectors: the adapter's tensors.
+        manifest: the program's.
+        projections: what the adapter's projections are, as in a manifest.
+        vectors: the adapter's tensors by their keys in a checkpoint.
         name: the adapter's name.
 
     Raises:
-        ExportError: with the first difference.
+        ExportError: the adapter does not fit; with the first difference.
     """
-    manifest = manifest_of(program)
-    if manifest.get("form") != "input":
+    if manifest.get("form") not in {"input", "constant"}:
         raise ExportError(
-            f'the program takes no vectors: its form is {manifest.get("form", "unknown")!r}, not "input"'
+            f"the program takes no vectors: its form is {manifest.get('form', 'unknown')!r}, "
+            'not "input" or "constant"'
         )
-    shapes: dict[str, list[int]] = manifest["vectors"]
-    missing, unknown = shapes.keys() - vectors.keys(), vectors.keys() - shapes.keys()
-    for key in sorted(missing | unknown):
-        owner = f"adapter {name!r}" if key in missing else "the program"
+    wanted: dict[str, dict[str, Any]] = manifest["vectors"]
+    for key in sorted(wanted.keys() ^ vectors.keys()):
+        owner = f"adapter {name!r}" if key in wanted else "the program"
         raise ExportError(f"adapter {name!r} does not fit the program: {owner} has no {key}")
-    for key, shape in shapes.items():
-        if list(vectors[key].shape) != shape:
+    for key, entry in wanted.items():
+        if list(vectors[key].shape) != entry["shape"]:
             raise ExportError(
                 f"adapter {name!r} does not fit the program: {key} has shape "
-                f"{tuple(vectors[key].shape)}, the program takes {tuple(shape)}"
+                f"{tuple(vectors[key].shape)}, the program takes {tuple(entry['shape'])}"
             )
-    if manifest["projections"]["sha256"] != expected["sha256"]:
+    if manifest["projections"]["sha256"] != projections["sha256"]:
         raise ExportError(
             f"adapter {name!r} does not fit the program: it was trained with other projections "
-            f"(seed {expected['seed']}) than the program holds (seed {manifest['projections']['seed']})"
+            f"(seed {projections['seed']}) than the program holds (seed {manifest['projections']['seed']})"
         )
+    return {entry["name"]: vectors[key] for key, entry in wanted.items() if entry["name"]}
