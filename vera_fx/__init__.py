@@ -33,6 +33,7 @@ from vera_fx.export import export_program, program_vectors
 from vera_fx.lora import to_lora
 from vera_fx.merging import merge, unmerge
 from vera_fx.onnx_files import export_onnx
+from vera_fx.program_adapters import program_sites, replace_adapter
 from vera_fx.program_files import load_program, save_program
 
 __version__ = "0.1.0"
@@ -64,7 +65,9 @@ __all__ = [
     "load_program",
     "merge",
     "parameter_summary",
+    "program_sites",
     "program_vectors",
+    "replace_adapter",
     "save_adapter",
     "save_program",
     "set_adapter",

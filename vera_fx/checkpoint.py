@@ -247,6 +247,19 @@ def _read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
 
 
+def read_adapter(folder: Path) -> tuple[dict[str, Tensor], str | None]:
+    """An adapter's own tensors by their keys, and the hash of its projections if the files tell.
+
+    Raises:
+        CheckpointError: the files are missing or damaged.
+    """
+    state, metadata = _read_weights(folder)
+    pair = [state.pop(key) for key in _PROJECTIONS if key in state]
+    known = projections_hash(Projections(*pair)) if len(pair) == len(_PROJECTIONS) else None
+    own = {key: value for key, value in state.items() if not _is_stray(key)}
+    return own, metadata.get(_HASH) or known
+
+
 def _projections(
     model: nn.Module,
     plan: Blueprint,

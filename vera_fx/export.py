@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from vera_fx._torch import tree_flatten
 from vera_fx.adapter import Adapter
-from vera_fx.bank import AdapterBank, slot_path
+from vera_fx.bank import AdapterBank, bank_of, slot_path
 from vera_fx.capture import Capture
 from vera_fx.checkpoint import KEY_PREFIX, owned_tensors, projections_hash
 from vera_fx.errors import AdapterError, ExportError, listing, nearest
@@ -21,10 +21,11 @@ from vera_fx.names import one_adapter
 from vera_fx.passes import Assignment, GraphPass, RedirectParameters, adaptation, run_passes
 from vera_fx.program_files import fit_vectors, manifest_of, set_manifest
 from vera_fx.program_module import AUTO, VECTORS, Read, attribute_at, export_module, own
+from vera_fx.program_projections import describe
 from vera_fx.returned import is_stateful
 from vera_fx.runtime import copy_of, prepare, require_adapted
 from vera_fx.signature import Call
-from vera_fx.targets import base_modules
+from vera_fx.targets import base_modules, weight_of
 
 FORMS = ("merged", "constant", "input")
 
@@ -95,7 +96,7 @@ def export_call(
             arguments[VECTORS] = vectors
         count = sum(map(_has_tensor, call[0]))
         exported = export_module(program, arguments, count, dynamic_shapes)
-    set_manifest(exported, _manifest(bank, name, form, exported))
+    set_manifest(exported, _manifest(model, name, form, exported))
     return exported
 
 
@@ -124,11 +125,12 @@ def program_vectors(
     vectors = {key: tensor.detach() for key, tensor in owned_tensors(adapter)}
     if program is None:
         return vectors
-    return fit_vectors(manifest_of(program), _projections(bank, adapter), vectors, name)
+    return fit_vectors(manifest_of(program), _projections(model, adapter), vectors, name)
 
 
-def _manifest(bank: AdapterBank, name: str, form: str, program: ExportedProgram) -> dict[str, Any]:
+def _manifest(model: nn.Module, name: str, form: str, program: ExportedProgram) -> dict[str, Any]:
     """What a program was made from, as far as a reader may want to check or change it."""
+    bank = bank_of(model)
     adapter = bank.adapter(name)
     vectors: dict[str, Any] = {}
     for key, tensor in owned_tensors(adapter):
@@ -138,9 +140,9 @@ def _manifest(bank: AdapterBank, name: str, form: str, program: ExportedProgram)
     return {
         "form": form,
         "adapter": name,
-        "targets": list(adapter.vectors.by_path),
+        "targets": [asdict(bank.targets[path]) for path in adapter.vectors.by_path],
         "vectors": vectors,
-        "projections": _projections(bank, adapter),
+        "projections": describe(program, _projections(model, adapter)),
     }
 
 
@@ -149,14 +151,17 @@ def _constant_name(key: str) -> str:
     return f"vera.{key.removeprefix(KEY_PREFIX)}"
 
 
-def _projections(bank: AdapterBank, adapter: Adapter) -> dict[str, Any]:
-    pair = bank.projections_of(adapter)
+def _projections(model: nn.Module, adapter: Adapter) -> dict[str, Any]:
+    pair = bank_of(model).projections_of(adapter)
+    dtypes = [weight_of(model, path).dtype for path in adapter.vectors.by_path]
     return {
         "sha256": projections_hash(pair),
         "seed": adapter.config.projection_prng_key,
         "r": pair.r,
         "max_in": pair.vera_A.shape[1],
         "max_out": pair.vera_B.shape[0],
+        # What `build.draw` casts them to, which rounds on half-precision bases.
+        "through": [str(dtype).removeprefix("torch.") for dtype in dict.fromkeys(dtypes)],
     }
 
 

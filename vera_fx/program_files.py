@@ -1,5 +1,6 @@
 """Exported programs on disk: whole or not at all, with a manifest of what they were made from."""
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from torch.export import ExportedProgram
 
 from vera_fx.errors import ExportError
 from vera_fx.files import moved_into
+from vera_fx.program_projections import left_out, redraw
 
 MANIFEST = "vera_fx"
 _FILE = "vera_fx.json"
@@ -33,7 +35,9 @@ def set_manifest(program: ExportedProgram, manifest: Mapping[str, Any]) -> None:
     program.graph_module.meta[MANIFEST] = dict(manifest)
 
 
-def save_program(program: ExportedProgram, path: str | os.PathLike[str]) -> Path:
+def save_program(
+    program: ExportedProgram, path: str | os.PathLike[str], *, projections: bool = True
+) -> Path:
     """Write a program as a ``.pt2`` file that ``torch.export.load`` reads.
 
     The file is written aside and then moved into place: after an error the target is what it was.
@@ -41,19 +45,27 @@ def save_program(program: ExportedProgram, path: str | os.PathLike[str]) -> Path
     Args:
         program: a program, from `export_program` or from anywhere else.
         path: the file; its folder is made if it does not exist.
+        projections: False leaves them out of a program that holds them; `load_program` then draws
+            them again from their seed, and compares them with their hash.
 
     Returns:
         The path.
 
     Raises:
-        ExportError: the path does not end in ``.pt2``, or the file cannot be written.
+        ExportError: the path does not end in ``.pt2``, the projections cannot be drawn again, or the
+            file cannot be written.
     """
     target = Path(path)
     if target.suffix != ".pt2":
         raise ExportError(f"{target} must end in .pt2, the suffix of torch.export's files")
-    extra = {_FILE: json.dumps(manifest_of(program))}
+    manifest = manifest_of(program)
+    known = manifest.get("projections", {})
+    if not projections:
+        manifest = {**manifest, "projections": {**known, "left_out": True}}
+    extra = {_FILE: json.dumps(manifest)}
+    without = contextlib.nullcontext() if projections else left_out(program, known)
     try:
-        with moved_into(target.parent) as aside:
+        with without, moved_into(target.parent) as aside:
             torch.export.save(program, aside / target.name, extra_files=extra)
     # torch's writer reports a full disk as a RuntimeError.
     except (OSError, RuntimeError) as error:
@@ -65,14 +77,19 @@ def load_program(path: str | os.PathLike[str]) -> ExportedProgram:
     """Read a program and its manifest; to run a program, ``torch.export.load`` does as well.
 
     Raises:
-        ExportError: there is no such file, or it is damaged.
+        ExportError: there is no such file, it is damaged, or it was saved without projections and
+            those drawn from the seed are not the program's.
     """
     extra = {_FILE: ""}
     try:
         program = torch.export.load(Path(path), extra_files=extra)
     except Exception as error:
         raise ExportError(f"{path} cannot be read as a program: {error}") from error
-    set_manifest(program, json.loads(extra[_FILE] or "{}"))
+    manifest = json.loads(extra[_FILE] or "{}")
+    if manifest.get("projections", {}).get("left_out"):
+        program.state_dict.update(redraw(manifest["projections"]))
+        manifest["projections"]["left_out"] = False
+    set_manifest(program, manifest)
     return program
 
 
