@@ -93,10 +93,20 @@ def build_adapter(model: nn.Module, plan: Blueprint, *, trainable: bool = True) 
         )
         adapter.vectors.put(path, Vectors(d, b))
     for path in plan.saved:
-        adapter.copies.put(path, copy.deepcopy(model.get_submodule(path)))
+        adapter.copies.put(path, _copy_of(model.get_submodule(path)))
     for path in plan.biases:
         adapter.copies.put(path, TrainedBias(attribute_of(model.get_submodule(path), "bias")))
     return adapter
+
+
+def _copy_of(module: nn.Module) -> nn.Module:
+    """A copy without the hooks of earlier adapters, which would bring a copy of the bank along."""
+    hooks = [h for m in module.modules() for h in m._forward_hooks.values()]
+    copied = copy.deepcopy(
+        module, {id(hook): hook for hook in hooks if isinstance(hook, EagerHook)}
+    )
+    unhook(copied)
+    return copied
 
 
 def _first_vectors(config: VeraConfig, target: Target) -> tuple[Tensor, Tensor]:
