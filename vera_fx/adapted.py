@@ -7,7 +7,7 @@ from torch import nn
 
 from vera_fx._torch import skip_frame
 from vera_fx.bank import bank_of
-from vera_fx.capture import original_class
+from vera_fx.capture import original_class, traced_by_others
 from vera_fx.runtime import finish, prepare
 
 _classes: dict[type[nn.Module], type[nn.Module]] = {}
@@ -51,6 +51,9 @@ def _forward_for(base: type[nn.Module]) -> Any:
 
     @skip_frame
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if traced_by_others():
+            # Someone else traces the model: hooks put the branches into the trace.
+            return base.forward(self, *args, **kwargs)
         ready, call = prepare(self, args, kwargs)
         return finish(ready, call, ready.graph(*call.leaves))
 

@@ -37,6 +37,18 @@ def is_capturing() -> bool:
     return getattr(_state, "capturing", False)
 
 
+_captures: list[int] = []
+
+
+def traced_by_others() -> bool:
+    """True while the model is traced by an export that is none of this library's captures.
+
+    torch's flag is one for all threads: without the list, calls in other threads would take a
+    capture for somebody else's export.
+    """
+    return torch.compiler.is_exporting() and not _captures
+
+
 @dataclass(slots=True)
 class Capture:
     """One signature as a graph.
@@ -211,6 +223,7 @@ def _tracing(model: nn.Module) -> Iterator[None]:
     """The surroundings of an export: gradients on, no fast paths, no traces left behind."""
     fastpath = torch.backends.mha.get_fastpath_enabled()
     _state.capturing = True
+    _captures.append(threading.get_ident())
     try:
         # The fused fast path of nn.TransformerEncoderLayer hides its linear calls.
         torch.backends.mha.set_fastpath_enabled(False)
@@ -226,6 +239,7 @@ def _tracing(model: nn.Module) -> Iterator[None]:
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
         _state.capturing = False
+        _captures.remove(threading.get_ident())
 
 
 def bind_live(exported: ExportedProgram, model: nn.Module) -> GraphModule:
