@@ -7,6 +7,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
@@ -87,6 +88,58 @@ def test_targets_whose_paths_end_other_paths(tmp_path: Path) -> None:
 
     found = [path for path, m in theirs.named_modules() if isinstance(m, peft.tuners.lora.Linear)]
     assert found == ["base_model.model.lin0"]
+
+
+class TestRankReduction:
+    def test_it_is_the_best_of_its_rank(self, tmp_path: Path) -> None:
+        _, _, model = adapted("mlp")
+        vera_fx.to_lora(model, tmp_path / "whole")
+        errors = vera_fx.lora_errors(model, 2)
+        vera_fx.to_lora(model, tmp_path / "small", rank=2)
+        whole, small = (
+            load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "small")
+        )
+        assert errors.keys() == {"lin0", "lin1"}
+        for path, error in errors.items():
+            key = f"base_model.model.{path}.lora_"
+            update, nearest = (t[f"{key}B.weight"] @ t[f"{key}A.weight"] for t in (whole, small))
+            values = torch.linalg.svdvals(update.double())
+            assert small[f"{key}A.weight"].shape[0] == 2
+            assert error == pytest.approx((values[2:].norm() / values.norm()).item(), rel=1e-4)
+            lost = (update - nearest).norm() / update.norm()
+            assert lost.item() == pytest.approx(error, rel=1e-4)
+            assert 0.01 < error < 0.99
+        with safe_open(tmp_path / "small" / "adapter_model.safetensors", "pt") as file:
+            assert json.loads(file.metadata()["vera_fx.rank_errors"]) == errors
+
+    def test_peft_loads_it_and_the_whole_rank_is_exact(self, tmp_path: Path) -> None:
+        family, base, model = adapted("llama")
+        for rank in (6, 3):
+            vera_fx.to_lora(model, tmp_path / str(rank), rank=rank)
+        assert max(vera_fx.lora_errors(model, 6).values()) < 1e-6
+        whole, small = (
+            run(peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / name).eval(), family)
+            for name in ("6", "3")
+        )
+        assert_close(whole, run(model, family), factor=5)
+        assert_far_apart(small, whole)
+
+    def test_targets_narrower_than_the_rank(self, tmp_path: Path) -> None:
+        base = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+        config = vera_fx.VeraConfig(r=9, target_modules=["0", "1"])
+        model = vera_fx.adapt(copy.deepcopy(base), config).eval()
+        fill_vectors(model)
+        vera_fx.to_lora(model, tmp_path, rank=5)
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+        x = torch.randn(4, 3)
+        assert_close(theirs(x), model(x), factor=5)
+
+    @pytest.mark.parametrize("rank", [0, 7, True, 2.0])
+    def test_ranks_that_are_none(self, rank: object, tmp_path: Path) -> None:
+        _, _, model = adapted("mlp")
+        with pytest.raises(vera_fx.ConfigError, match="from 1 to the adapter's 6"):
+            vera_fx.to_lora(model, tmp_path / "out", rank=rank)
+        assert not (tmp_path / "out").exists()
 
 
 class TestBadInput:

@@ -30,7 +30,7 @@ from vera_fx.errors import (
 )
 from vera_fx.explain import explain
 from vera_fx.export import export_program, program_vectors
-from vera_fx.lora import to_lora
+from vera_fx.lora import lora_errors, to_lora
 from vera_fx.merging import merge, unmerge
 from vera_fx.onnx_files import export_onnx
 from vera_fx.program_adapters import program_sites, replace_adapter
@@ -63,6 +63,7 @@ __all__ = [
     "load_adapter",
     "load_adapter_state_dict",
     "load_program",
+    "lora_errors",
     "merge",
     "parameter_summary",
     "program_sites",

@@ -17,16 +17,22 @@ from vera_fx.checkpoint import KEY_PREFIX, WEIGHTS_FILE, owned_tensors
 from vera_fx.errors import CheckpointError
 from vera_fx.files import moved_into
 from vera_fx.hf import base_model_name
+from vera_fx.lora_rank import check_rank, reduced
 from vera_fx.names import one_adapter
 from vera_fx.peft_config import CONFIG_FILE, PEFT_VERSION, auto_mapping
 from vera_fx.runtime import require_adapted
 from vera_fx.targets import base_modules, is_conv1d
 
+ERRORS = "vera_fx.rank_errors"
 _BIASES = {"none": "none", "all": "all", "vera_only": "lora_only"}
 
 
 def to_lora(
-    model: nn.Module, directory: str | os.PathLike[str], adapter: str | None = None
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    adapter: str | None = None,
+    *,
+    rank: int | None = None,
 ) -> Path:
     """Write an adapter as the LoRA adapter of the same rank that is equal to it.
 
@@ -39,11 +45,14 @@ def to_lora(
         directory: folder for ``adapter_config.json`` and ``adapter_model.safetensors`` in PEFT's
             LoRA layout; made if it does not exist. Saved modules and trained biases go along.
         adapter: the adapter to write; None for the active one.
+        rank: reduce to this rank by the best approximation of each target's update; `lora_errors`
+            tells before, and the file's metadata after, what is lost. None is exact.
 
     Returns:
         The folder.
 
     Raises:
+        ConfigError: ``rank`` is not between 1 and the adapter's.
         AdapterError: the model is not adapted, there is no such adapter, or several are active.
         CheckpointError: the adapter is merged and has modules of its own, or the folder cannot be
             written to. Files that were there are untouched.
@@ -53,12 +62,15 @@ def to_lora(
     chosen = bank.adapter(name)
     if name in bank.merged and chosen.copies.by_path:
         raise CheckpointError(f"adapter {name!r} is merged; unmerge the model before to_lora")
-    tensors = {key: value.detach().cpu().contiguous() for key, value in _lora(bank, chosen)}
+    tensors = {key: value.detach().cpu().contiguous() for key, value in _lora(bank, chosen, rank)}
+    metadata = {"format": "pt"}
+    if rank is not None:
+        metadata[ERRORS] = json.dumps(lora_errors(model, rank, name))
     folder = Path(directory)
     try:
         with moved_into(folder) as aside:
-            save_file(tensors, aside / WEIGHTS_FILE, metadata={"format": "pt"})
-            (aside / CONFIG_FILE).write_text(_config(model, chosen), encoding="utf-8")
+            save_file(tensors, aside / WEIGHTS_FILE, metadata=metadata)
+            (aside / CONFIG_FILE).write_text(_config(model, chosen, rank), encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"adapter {name!r} could not be written to {folder} as LoRA: {error}"
@@ -66,24 +78,56 @@ def to_lora(
     return folder
 
 
-def _lora(bank: AdapterBank, adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
-    """PEFT's LoRA keys and tensors: ``lora_A (r, in)``, ``lora_B (out, r)``, then the copies."""
+def lora_errors(model: nn.Module, rank: int, adapter: str | None = None) -> dict[str, float]:
+    """What `to_lora` would lose by a smaller rank.
+
+    Args:
+        model: an adapted model.
+        rank: the rank to reduce to.
+        adapter: the adapter; None for the active one.
+
+    Returns:
+        For each target the norm of what is lost, as a share of the norm of the whole update
+        (Frobenius): 0 is exact, 1 is nothing left.
+
+    Raises:
+        AdapterError: the model is not adapted, there is no such adapter, or several are active.
+        ConfigError: ``rank`` is not between 1 and the adapter's.
+    """
+    bank = require_adapted(model)
+    chosen = bank.adapter(one_adapter(bank.adapters, bank.active, adapter))
+    check_rank(rank, chosen.config.r)
+    return {path: reduced(A, B, rank)[2] for path, A, B in _matrices(bank, chosen)}
+
+
+def _matrices(bank: AdapterBank, adapter: Adapter) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """``(path, diag(d) A, diag(b) B)`` of every target: ``(r, in)`` and ``(out, r)``."""
     pair = bank.projections_of(adapter)
     for path in adapter.vectors.by_path:
         vectors, target = adapter.vectors_at(path), bank.targets[path]
         if vectors is None:
             continue
         d, b = vectors.vera_lambda_d.detach(), vectors.vera_lambda_b.detach()
-        key = f"{KEY_PREFIX}{path}"
-        yield f"{key}.lora_A.weight", d[:, None] * pair.vera_A[:, : target.in_features]
-        yield f"{key}.lora_B.weight", b[:, None] * pair.vera_B[: target.out_features]
+        A, B = pair.vera_A[:, : target.in_features], pair.vera_B[: target.out_features]
+        yield path, d[:, None] * A, b[:, None] * B
+
+
+def _lora(bank: AdapterBank, adapter: Adapter, rank: int | None) -> Iterator[tuple[str, Tensor]]:
+    """PEFT's LoRA keys and tensors: ``lora_A (r, in)``, ``lora_B (out, r)``, then the copies."""
+    if rank is not None:
+        check_rank(rank, adapter.config.r)
+    for path, A, B in _matrices(bank, adapter):
+        lora_A, lora_B = (A, B) if rank is None else reduced(A, B, rank)[:2]
+        yield f"{KEY_PREFIX}{path}.lora_A.weight", lora_A
+        yield f"{KEY_PREFIX}{path}.lora_B.weight", lora_B
     for key, tensor in owned_tensors(adapter):
         if not key.endswith((".vera_lambda_d", ".vera_lambda_b")):
             yield key, tensor.clone()
 
 
-def _config(model: nn.Module, adapter: Adapter) -> str:
+def _config(model: nn.Module, adapter: Adapter, rank: int | None) -> str:
     config, paths = adapter.config, list(adapter.vectors.by_path)
+    r = config.r if rank is None else rank
     values: dict[str, Any] = {
         "auto_mapping": auto_mapping(model, config),
         "base_model_name_or_path": base_model_name(model),
@@ -91,12 +135,12 @@ def _config(model: nn.Module, adapter: Adapter) -> str:
         "fan_in_fan_out": any(is_conv1d(model.get_submodule(path)) for path in paths),
         "inference_mode": True,
         "init_lora_weights": True,
-        "lora_alpha": config.r,
+        "lora_alpha": r,
         "lora_dropout": config.vera_dropout,
         "modules_to_save": list(config.saved_modules) or None,
         "peft_type": "LORA",
         "peft_version": PEFT_VERSION,
-        "r": config.r,
+        "r": r,
         "target_modules": _targets(model, paths),
         "task_type": config.task_type,
     }
