@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from vera_fx.bank import AdapterBank
 from vera_fx.capture import Capture
 from vera_fx.passes import PipelineReport, Target
+from vera_fx.picture import html_of, svg_of
 from vera_fx.runtime import Variant, require_adapted, runtime_of
 
 _PLAN_PASSES = ("MergeWeight", "ScaleBranch")
@@ -46,7 +47,7 @@ class GraphRow:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """The answer of `explain`; ``str()`` is a table."""
+    """The answer of `explain`; ``str()`` is a table, `html` a page, `svg` a picture."""
 
     adapters: tuple[str, ...]
     active: tuple[str, ...]
@@ -55,6 +56,18 @@ class Explanation:
 
     def __str__(self) -> str:
         return "\n".join(self._lines())
+
+    def html(self) -> str:
+        """A self-contained page: every graph before and after, passes, plans and reasons."""
+        return html_of(self)
+
+    def svg(self, graph: int = 0) -> str:
+        """One graph before and after as an SVG picture; equal neighbouring layers are folded.
+
+        Raises:
+            IndexError: there is no such graph; graphs appear once they are captured.
+        """
+        return svg_of(self, self.graphs[graph])
 
     def _lines(self) -> Iterator[str]:
         yield f"adapters: {', '.join(self.adapters) or 'none'} (active: {', '.join(self.active) or 'none'})"
