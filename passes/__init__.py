@@ -1,6 +1,6 @@
 """Graph-to-graph passes. They know torch and torch.fx, nothing of configs, files or models."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ._graph import META_KEY, Tag, graph_text, module_paths, tag_of
 from ._protocol import (
@@ -29,6 +29,7 @@ from .insert_vera import Branch, InsertVera
 from .lower_branch import LowerBranch
 from .merge_weight import MergeWeight
 from .redirect_parameters import Redirect, RedirectParameters
+from .row_vectors import RowSource, RowVectors
 from .scale_branch import ScaleBranch
 from .share_projection import ShareProjection
 from .sites import Site, SiteSearch, Target, find_sites
@@ -56,6 +57,8 @@ __all__ = [
     "Redirect",
     "RedirectParameters",
     "Rewrite",
+    "RowSource",
+    "RowVectors",
     "RunOptions",
     "ScaleBranch",
     "ShareProjection",
@@ -92,6 +95,7 @@ class AdaptationPlan:
     targets: tuple[Target, ...]
     branches: tuple[tuple[Branch, ...], ...]
     redirects: tuple[Redirect, ...] = ()
+    rows: RowVectors = field(default_factory=RowVectors)
 
 
 def adaptation(
@@ -107,6 +111,7 @@ def adaptation(
     return (
         RedirectParameters(plan.redirects),
         InsertVera(plan.targets, plan.branches),
+        plan.rows,
         LowerBranch(enabled=not assignment.exact),
         ShareProjection(),
         MergeWeight(assignment.merged, assignment.dense),

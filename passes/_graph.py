@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from operator import getitem
 from typing import Any, cast
 
 import torch
@@ -147,7 +148,7 @@ def written_between(first: Node, last: Node) -> bool:
     """
     node = first.next
     while node is not last:
-        if any(_storage_root(written).op != "get_attr" for written in _written(node)):
+        if any(storage_root(written).op != "get_attr" for written in _written(node)):
             return True
         node = node.next
     return False
@@ -155,7 +156,7 @@ def written_between(first: Node, last: Node) -> bool:
 
 def _written(node: Node) -> list[Node]:
     """The arguments that the operator of ``node`` writes to."""
-    schema = _schema(node)
+    schema = schema_of(node)
     if schema is None:
         return []
     arguments = zip(schema.arguments, node.args, strict=False)
@@ -168,17 +169,18 @@ def _written(node: Node) -> list[Node]:
     ]
 
 
-def _storage_root(node: Node) -> Node:
+def storage_root(node: Node) -> Node:
     """The node whose storage ``node`` may be a view of, through operators that return views."""
-    while (schema := _schema(node)) is not None:
-        source = node_arg(node, 0)
-        if source is None or not any(result.alias_info for result in schema.returns):
+    while (source := node_arg(node, 0)) is not None:
+        schema = schema_of(node)
+        returns = schema.returns if schema is not None else ()
+        if node.target is not getitem and not any(result.alias_info for result in returns):
             break
         node = source
     return node
 
 
-def _schema(node: Node) -> Any:
+def schema_of(node: Node) -> Any:
     """The schema of the operator that ``node`` calls; torch has no public way to it."""
     target = cast("object", node.target)
     return getattr(target, "_schema", None)

@@ -8,6 +8,7 @@ from torch import nn
 from vera_fx._torch import skip_frame
 from vera_fx.bank import bank_of
 from vera_fx.capture import original_class, traced_by_others
+from vera_fx.generation import generation_methods
 from vera_fx.runtime import finish, prepare
 
 _classes: dict[type[nn.Module], type[nn.Module]] = {}
@@ -34,6 +35,7 @@ def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
     if base not in _classes:
         forward = _forward_for(base)
         names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
+        names |= generation_methods(base)
         # The name stays: transformers looks models up by the name of their class.
         kind = type(
             base.__name__, (Adapted, base), {**names, "_vera_base": base, "forward": forward}

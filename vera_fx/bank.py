@@ -74,10 +74,12 @@ class AdapterBank(nn.Module):
         """Add an adapter, inactive. Its targets join the union of targets."""
         self.adapters._modules[name] = adapter
         self.targets.update(targets)
+        self._forget_mixtures()
         adapter.requires_grad_(False)
 
     def remove(self, name: str) -> None:
         """Drop an adapter, and its projections if no other adapter uses them."""
+        self._forget_mixtures()
         del self.adapters[name]
         used = {cast("Adapter", adapter).projections for adapter in self.adapters.values()}
         for key in [key for key in self.projections if key not in used]:
@@ -194,8 +196,13 @@ class AdapterBank(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AdapterBank":
         """Move or cast, as ``model.to(...)`` does, and point the slots at the new tensors."""
         super()._apply(fn, recurse)
+        self._forget_mixtures()
         self.bind()
         return self
+
+    def _forget_mixtures(self) -> None:
+        """Let the next batch that mixes adapters lay them out anew (`vera_fx.mixed.Mixer`)."""
+        self.__dict__.pop("mixer", None)
 
     def extra_repr(self) -> str:
         """State for ``print(model)``."""
@@ -206,6 +213,7 @@ class AdapterBank(nn.Module):
 
 def _rebind(bank: nn.Module, _incompatible: object) -> None:
     """After ``load_state_dict``, which may have replaced tensors (``assign=True``)."""
+    cast("AdapterBank", bank)._forget_mixtures()
     cast("AdapterBank", bank).bind()
 
 

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 from vera_fx.adapter import TrainedBias
 from vera_fx.capture import is_capturing
+from vera_fx.errors import AdapterError
+from vera_fx.mixture import in_mixture
 from vera_fx.reference import vera_branch
 
 if TYPE_CHECKING:
@@ -31,6 +33,11 @@ class EagerHook:
         """The adapted output, or None (leave it) while capturing or with nothing to add."""
         if is_capturing() or not self.bank.computing():
             return None
+        if in_mixture(self.bank):
+            raise AdapterError(
+                f"{self.path!r} was called outside of the model's own forward in a batch that mixes "
+                "adapters; only calls of the model itself can mix them"
+            )
         return self.adapted(module, args, kwargs, output)
 
     def adapted(

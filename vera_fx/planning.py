@@ -94,6 +94,16 @@ def workload(model: nn.Module, training: Mapping[str, bool], *, trains: bool) ->
     )
 
 
+def mixed_choice(model: nn.Module) -> Choice:
+    """The plans of a batch that mixes adapters: factored, since no weight can serve all rows."""
+    bank = bank_of(model)
+    requests = {bank.adapter(name).config.plan for name in bank.adapters}
+    return Choice(
+        Assignment(exact=requests == {"factored"}),
+        reasons=dict.fromkeys(bank.targets, "rows have adapters of their own"),
+    )
+
+
 def _restriction(adapters: Sequence[Adapter], train_mode: bool) -> str:
     if train_mode and any(adapter.config.vera_dropout for adapter in adapters):
         return "dropout on the branch's input, which only the factored plan can do"

@@ -19,9 +19,11 @@ from vera_fx.capture import Capture, capture_call, original_class
 from vera_fx.debug import run_options
 from vera_fx.errors import AdapterError, CaptureError, TargetError
 from vera_fx.hooks import EagerHook
-from vera_fx.passes import Choice, PipelineReport, SiteError, adaptation, run_passes
-from vera_fx.planning import open_sizes, planner, workload
+from vera_fx.mixed import Mix, mix_of
+from vera_fx.passes import AdaptationPlan, Choice, PipelineReport, SiteError, adaptation, run_passes
+from vera_fx.planning import mixed_choice, open_sizes, planner, workload
 from vera_fx.returned import restore
+from vera_fx.rows import row_names, rows_among
 from vera_fx.signature import Call, CallReader
 from vera_fx.targets import BANK
 from vera_fx.watch import StateWatch
@@ -52,14 +54,17 @@ class Runtime:
 
     Attributes:
         captures: the captures of each signature, newest last.
+        entries: runtimes for calls of parts of the model, by path.
     """
 
     memo_limit = 4096
 
-    def __init__(self, model: nn.Module) -> None:
-        self.reader = CallReader(original_class(model).forward.__get__(model))
+    def __init__(self, model: nn.Module, entry: str = "") -> None:
+        self.reader = CallReader(_entry_forward(model, entry)[0])
+        self._forward = _entry_forward(model, entry)[1]
         modules = [m for path, m in model.named_modules() if not path.startswith(BANK)]
         self.watch = StateWatch(modules, EagerHook)
+        self.entries: dict[str, Runtime] = {}
         self.captures: dict[Hashable, list[Capture]] = {}
         self._memo: dict[Hashable, Ready] = {}
         self._lock = threading.RLock()
@@ -71,43 +76,49 @@ class Runtime:
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()
 
-    def ready(self, model: nn.Module, call: Call) -> Ready:
+    def ready(self, model: nn.Module, call: Call, mix: Mix | None = None) -> Ready:
         """The graph for ``call``, captured and adapted if it is new.
+
+        Args:
+            model: the adapted model.
+            call: the call.
+            mix: the adapters of its rows; None for the active adapters.
 
         Raises:
             CaptureError: the call cannot be captured.
             TargetError: a target is used in a way that cannot be adapted.
         """
-        structure = bank_of(model).structure
+        structure = mix.structure if mix else bank_of(model).structure
         key = (call.key, self.watch.state(), structure, _ambient(), torch.is_grad_enabled())
         found = self._memo.get(key)
         if found is None:
             with self._lock:
-                found = self._resolve(model, call)
+                found = self._resolve(model, call, mix)
                 if len(self._memo) >= self.memo_limit:
                     self._memo.clear()
                 # The state is read again: tracing runs the model's code, which may change it.
                 self._memo[call.key, self.watch.state(), *key[2:]] = found
         return found
 
-    def _resolve(self, model: nn.Module, call: Call) -> Ready:
+    def _resolve(self, model: nn.Module, call: Call, mix: Mix | None) -> Ready:
         signature = (call.structure(), self.watch.state(), _ambient())
         for capture in reversed(self.captures.get(signature, [])):
             if capture.guards.admit(call.leaves):
-                return self._adapted(model, capture, call)
-        forward = original_class(model).forward
-        capture = capture_call(model, forward, self.reader, call)
+                return self._adapted(model, capture, call, mix)
+        capture = capture_call(model, self._forward, self.reader, call)
         if not capture.guards.admit(call.leaves):
             raise CaptureError(
                 f"the graph captured from this call of {type(model).__name__} does not admit the "
                 "call's own sizes; this is a fault of vera_fx, please report it with the model"
             )
-        ready = self._adapted(model, capture, call)
+        ready = self._adapted(model, capture, call, mix)
         signature = (call.structure(), self.watch.state(), _ambient())
         self.captures.setdefault(signature, []).append(capture)
         return ready
 
-    def _adapted(self, model: nn.Module, capture: Capture, call: Call) -> Ready:
+    def _adapted(self, model: nn.Module, capture: Capture, call: Call, mix: Mix | None) -> Ready:
+        if mix is not None:
+            return Ready(_mixed(model, capture, call, mix).graph, capture)
         bank = bank_of(model)
         if not bank.structure:
             return Ready(capture.graph, capture)
@@ -115,8 +126,32 @@ class Runtime:
         choice = _choose(model, capture, call, [*variants])
         variant = variants.get(choice.assignment)
         if variant is None:
-            variant = variants[choice.assignment] = adapt_graph(bank, capture, choice)
+            plan = bank.plan(lambda path: capture.training.get(path, False))
+            variant = variants[choice.assignment] = adapt_graph(plan, capture, choice)
         return Ready(variant.graph, capture)
+
+
+def _entry_forward(model: nn.Module, entry: str) -> tuple[Any, Any]:
+    """The forward of a part of the model: bound, to read its signature; and as one of the model."""
+    if not entry:
+        forward = original_class(model).forward
+        return forward.__get__(model), forward
+
+    def run(shell: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return shell.get_submodule(entry)(*args, **kwargs)
+
+    return model.get_submodule(entry).forward, run
+
+
+def _mixed(model: nn.Module, capture: Capture, call: Call, mix: Mix) -> Variant:
+    """The variant whose rows may each have another adapter."""
+    batched = rows_among(capture.values, call.leaves, mix.rows)
+    variants = capture.variants.setdefault((mix.structure, batched), {})
+    choice = mixed_choice(model)
+    if choice.assignment not in variants:
+        plan = mix.plan(batched)
+        variants[choice.assignment] = adapt_graph(plan, capture, choice)
+    return variants[choice.assignment]
 
 
 def _choose(model: nn.Module, capture: Capture, call: Call, known: list[Any]) -> Choice:
@@ -132,10 +167,9 @@ def _choose(model: nn.Module, capture: Capture, call: Call, known: list[Any]) ->
     return capture.planners[bank.structure].choose(sizes, work, known)
 
 
-def adapt_graph(bank: AdapterBank, capture: Capture, choice: Choice) -> Variant:
+def adapt_graph(plan: AdaptationPlan, capture: Capture, choice: Choice) -> Variant:
     """Run the adapting passes on a copy of a captured graph."""
     graph = copy_of(capture.graph)
-    plan = bank.plan(lambda path: capture.training.get(path, False))
     passes = adaptation(plan, choice.assignment, capture.checkpointed)
     try:
         report = run_passes(graph, passes, run_options("adapt"))
@@ -190,11 +224,31 @@ def _ambient() -> "Hashable":
 
 
 @outside_dynamo
-def prepare(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Ready, Call]:
-    """Take the call apart and find its graph."""
+def prepare(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], entry: str = ""
+) -> tuple[Ready, Call]:
+    """Take the call apart and find its graph.
+
+    Args:
+        model: the adapted model.
+        args: positional arguments.
+        kwargs: keyword arguments; ``adapter_names`` gives every row its adapter.
+        entry: path of the part of the model that is called; nothing for the model itself.
+    """
     runtime = runtime_of(model)
+    if entry:
+        runtime = runtime.entries.get(entry) or runtime.entries.setdefault(
+            entry, Runtime(model, entry)
+        )
+    names = kwargs.pop("adapter_names", None)
     call = runtime.reader.read(args, kwargs)
-    return runtime.ready(model, call), call
+    names = row_names(model, call) if names is None else names
+    if names is None:
+        return runtime.ready(model, call), call
+    mix = mix_of(model, names)
+    ready = runtime.ready(model, call, mix)
+    call.leaves += mix.tensors
+    return ready, call
 
 
 @outside_dynamo

@@ -18,6 +18,8 @@ from vera_fx.passes import (
     MergeWeight,
     Redirect,
     RedirectParameters,
+    RowSource,
+    RowVectors,
     ScaleBranch,
     ShareProjection,
     Target,
@@ -160,6 +162,17 @@ EXAMPLES: dict[str, Example] = {
         lambda: graph_of(Head(), torch.randn(4, 3)),
     ),
     "InsertVera": Example(one_target(), lambda: graph_of(OneLinear(), torch.randn(4, 3))),
+    "RowVectors": Example(
+        RowVectors(
+            (
+                RowSource("slot.lambda_d", "rows", 0, (2,)),
+                RowSource("slot.lambda_b", "rows", 2, (5,)),
+            ),
+            frozenset({0}),
+            (("rows", (7,), torch.float32),),
+        ),
+        adapted_linear,
+    ),
     "LowerBranch": Example(LowerBranch(), half_linear),
     "MergeWeight": Example(MergeWeight(through_z=frozenset({"lin"})), adapted_linear),
     "ScaleBranch": Example(ScaleBranch(frozenset({"lin"})), adapted_linear),

@@ -67,8 +67,8 @@ def test_emitted_nodes_carry_true_metadata(name: str) -> None:
                 assert value.ndim == n.meta["val"].ndim
             return value
 
-    dtype = next(n.meta["val"].dtype for n in graph.graph.nodes if n.op == "placeholder")
-    Checker(graph).run(torch.randn(6, 3, dtype=dtype))
+    inputs = [n.meta["val"] for n in graph.graph.nodes if n.op == "placeholder"]
+    Checker(graph).run(*(torch.randn(6, *x.shape[1:], dtype=x.dtype) for x in inputs))
 
 
 def test_every_pass_has_an_example() -> None:

@@ -1,0 +1,185 @@
+"""Batches that mix adapters: every row as if its adapter had served it alone."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import vera_fx
+from tests.helpers import assert_close, assert_far_apart, main_output
+from tests.models import BY_NAME, FAMILIES
+from tests.strategies import Case, cases
+
+BASE = "__base__"
+
+
+def fill_all(model: nn.Module) -> None:
+    """Every adapter gets values of its own, trained copies included."""
+    for number, name in enumerate(model.vera.adapters):
+        generator = torch.Generator().manual_seed(number + 1)
+        for parameter in model.vera.adapters[name].parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.5
+            parameter.data.add_(noise.to(parameter.dtype))
+
+
+def adapted(name: str) -> tuple[nn.Module, dict[str, Any]]:
+    family = BY_NAME[name]
+    torch.manual_seed(0)
+    config = {"target_modules": "all-linear", **family.config, "plan": "factored"}
+    model = vera_fx.adapt(
+        family.build().eval(), vera_fx.VeraConfig(r=4, **config), adapter_name="a"
+    )
+    vera_fx.add_adapter(model, "b")
+    vera_fx.add_adapter(model, "c", vera_fx.VeraConfig(r=3, projection_prng_key=7, **config))
+    fill_all(model)
+    inputs = {k: v for k, v in family.inputs().items() if k != "labels"}
+    if name == "t5":
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+    return model, inputs
+
+
+def alone(model: nn.Module, name: str, inputs: dict[str, Any]) -> Tensor:
+    """The whole batch by one adapter."""
+    if name == BASE:
+        with vera_fx.disable_adapters(model):
+            return main_output(model(**inputs))
+    vera_fx.set_adapter(model, name)
+    return main_output(model(**inputs))
+
+
+@pytest.mark.parametrize("name", [family.name for family in FAMILIES])
+def test_every_row_is_its_adapters(name: str) -> None:
+    model, inputs = adapted(name)
+    rows = next(iter(inputs.values())).shape[0]
+    with torch.no_grad():
+        results = {n: alone(model, n, inputs) for n in ("a", "b", "c", BASE)}
+        assert_far_apart(results["a"], results["b"])
+        for names in (
+            ["a", BASE, "b", "c", "a"],
+            ["c", "c", "a", BASE, "b"],
+            [BASE, "b", "a", "a", "c"],
+        ):
+            mixed = main_output(model(**inputs, adapter_names=names[:rows]))
+            for row, who in enumerate(names[:rows]):
+                assert_close(mixed[row], results[who][row], what=f"{name}, row {row}, {who}")
+
+
+@pytest.mark.parametrize("name", [f.name for f in FAMILIES if f.generates])
+def test_generate_and_beam_search(name: str) -> None:
+    model, inputs = adapted(name)
+    inputs.pop("decoder_input_ids", None)
+    names = ["a", BASE, "c"]
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    for beams in ({}, {"num_beams": 2, "num_return_sequences": 2}):
+        mixed = model.generate(**inputs, **options, **beams, adapter_names=names)
+        each = mixed.shape[0] // len(names)
+        different = 0
+        for row, who in enumerate(names):
+            vera_fx.set_adapter(model, "a" if who == BASE else who)
+            model.vera.enabled = who != BASE
+            model.vera.bind()
+            expected = model.generate(**inputs, **options, **beams)
+            model.vera.enabled = True
+            model.vera.bind()
+            here = slice(row * each, (row + 1) * each)
+            assert torch.equal(mixed[here], expected[here])
+            different += not torch.equal(mixed, expected)
+        assert different  # the adapters do lead to other tokens
+
+
+@given(case=cases(min_size=2, plans=("factored",)), data=st.data())
+@settings(max_examples=25)
+def test_random_models_row_by_row(case: Case, data: st.DataObject) -> None:
+    if case.x.ndim < 2:
+        return
+    model = vera_fx.adapt(case.model.eval(), case.config, adapter_name="a")
+    vera_fx.add_adapter(model, "b")
+    fill_all(model)
+    names = data.draw(
+        st.lists(st.sampled_from(["a", "b", BASE]), min_size=len(case.x), max_size=len(case.x))
+    )
+    with torch.no_grad():
+        mixed = model(case.x, adapter_names=names)
+        for row, name in enumerate(names):
+            assert_close(mixed[row], alone(model, name, {"x": case.x})[row], what=str(names))
+
+
+def test_one_row() -> None:
+    model, inputs = adapted("llama")
+    single = {k: v[:1] for k, v in inputs.items()}
+    with torch.no_grad():
+        for name in ("a", "c", BASE):
+            mixed = main_output(model(**single, adapter_names=[name]))
+            assert_close(mixed, alone(model, name, single))
+
+
+def test_no_recompile_for_any_mixture() -> None:
+    model, inputs = adapted("llama")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        compiled(**inputs, adapter_names=["a", "b", BASE])
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for names in (["b", "b", "b"], [BASE, "a", "a"], ["a", BASE, "b"]):
+                mixed = compiled(**inputs, adapter_names=names).logits
+                assert_close(mixed, model(**inputs, adapter_names=names).logits)
+            vera_fx.add_adapter(model, "later")
+            fill_all(model)
+            late = compiled(**inputs, adapter_names=["later", "a", "b"]).logits
+    assert_close(late[0], alone(model, "later", inputs)[0].detach())
+
+
+class Flips(nn.Module):
+    """Turns the batch around before the second layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).flip(0))
+
+
+class SharedInput(nn.Module):
+    """A target whose input is the same for all rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places, self.lin = nn.Parameter(torch.randn(3, 4)), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.lin(self.places).sum()
+
+
+@pytest.mark.parametrize(
+    ("module", "targets", "reason"),
+    [(Flips, ["second"], "across the rows"), (SharedInput, ["lin"], "same for every row")],
+)
+def test_rows_that_cannot_be_told_apart_are_refused(module: Any, targets: Any, reason: str) -> None:
+    model = vera_fx.adapt(module().eval(), vera_fx.VeraConfig(r=2, target_modules=targets))
+    with pytest.raises(vera_fx.TargetError, match=reason):
+        model(torch.randn(3, 4), adapter_names=["default", BASE, "default"])
+    assert model(torch.randn(3, 4)).shape[0] == 3
+
+
+def test_bad_names() -> None:
+    model, inputs = adapted("llama")
+    with pytest.raises(vera_fx.AdapterError, match=r"adapter_names\[1\] is 'bb'.*did you mean 'b'"):
+        model(**inputs, adapter_names=["a", "bb", "a"])
+    with pytest.raises(vera_fx.AdapterError, match="4 adapter_names.*no input has 4 rows"):
+        model(**inputs, adapter_names=["a"] * 4)
+    for wrong in ("a", [], 3):
+        with pytest.raises(vera_fx.AdapterError, match="one adapter's name per row"):
+            model(**inputs, adapter_names=wrong)
+    with pytest.raises(vera_fx.AdapterError, match="train mode"):
+        model.train()(**inputs, adapter_names=["a", "b", "a"])
+    vera_fx.set_adapter(model.eval(), "a")
+    vera_fx.merge(model)
+    with pytest.raises(vera_fx.AdapterError, match="merged"):
+        model(**inputs, adapter_names=["a", "b", "a"])
+    vera_fx.unmerge(model)
+    vera_fx.delete_adapter(model, "b")
+    with pytest.raises(vera_fx.AdapterError, match="'b'"):
+        model(**inputs, adapter_names=["a", "b", "a"])
