@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
 from vera_fx._torch import outside_dynamo
+from vera_fx.advice import advise
 from vera_fx.bank import AdapterBank, bank_of
 from vera_fx.capture import Capture, capture_call, original_class
 from vera_fx.debug import run_options
@@ -65,7 +66,7 @@ class Runtime:
         modules = [m for path, m in model.named_modules() if not path.startswith(BANK)]
         self.watch = StateWatch(modules, EagerHook)
         self.entries: dict[str, Runtime] = {}
-        self.captures: dict[Hashable, list[Capture]] = {}
+        self.captures: dict[tuple[Any, ...], list[Capture]] = {}
         self._memo: dict[Hashable, Ready] = {}
         self._lock = threading.RLock()
 
@@ -113,7 +114,10 @@ class Runtime:
             )
         ready = self._adapted(model, capture, call, mix)
         signature = (call.structure(), self.watch.state(), _ambient())
+        before = next(reversed(self.captures), None)
         self.captures.setdefault(signature, []).append(capture)
+        count = sum(map(len, self.captures.values()))
+        advise(type(model).__name__, count, signature[0], before[0] if before else None)
         return ready
 
     def _adapted(self, model: nn.Module, capture: Capture, call: Call, mix: Mix | None) -> Ready:
