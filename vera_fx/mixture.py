@@ -1,10 +1,11 @@
 """The names that a whole ``generate`` runs under, wherever it calls the model."""
 
 import contextlib
+import threading
 from collections.abc import Iterator
-from contextvars import ContextVar
 
-_held: ContextVar[tuple[object, tuple[str, ...]] | None] = ContextVar("row_names", default=None)
+# Not a ContextVar: hooks ask for it, and Dynamo can trace them only with a thread's own state.
+_held = threading.local()
 
 
 @contextlib.contextmanager
@@ -13,16 +14,17 @@ def names_for_rows(bank: object, names: tuple[str, ...]) -> Iterator[None]:
 
     A call with a multiple of as many rows, as in beam search, repeats each name in place.
     """
-    token = _held.set((bank, names))
+    before = getattr(_held, "now", None)
+    _held.now = bank, names
     try:
         yield
     finally:
-        _held.reset(token)
+        _held.now = before
 
 
 def held_names(bank: object) -> tuple[str, ...] | None:
     """The names that hold for calls of the bank's model; None outside of `names_for_rows`."""
-    held = _held.get()
+    held = getattr(_held, "now", None)
     return held[1] if held is not None and held[0] is bank else None
 
 
