@@ -183,3 +183,24 @@ def test_bad_names() -> None:
     vera_fx.delete_adapter(model, "b")
     with pytest.raises(vera_fx.AdapterError, match="'b'"):
         model(**inputs, adapter_names=["a", "b", "a"])
+
+
+@pytest.mark.parametrize("ranks", [(4, 1), (1, 5)])
+def test_another_rank_under_the_same_names_is_another_graph(ranks: tuple[int, int]) -> None:
+    module = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 9)).eval()
+    x, names = torch.randn(3, 4), ["a", BASE, "a"]
+    first, second = (vera_fx.VeraConfig(r=r, target_modules=["0"], plan="factored") for r in ranks)
+    model = vera_fx.adapt(module, first, adapter_name="a")
+    fill_all(model)
+    with torch.no_grad():
+        model(x, adapter_names=names)
+        vera_fx.delete_adapter(model, "a")
+        vera_fx.add_adapter(model, "a", second)
+        fill_all(model)
+        assert_close(model(x, adapter_names=names)[0], alone(model, "a", {"input": x})[0])
+        wider = vera_fx.VeraConfig(r=2, target_modules=["1"], plan="factored")
+        vera_fx.add_adapter(model, "wider", wider)
+        fill_all(model)
+        mixed = model(x, adapter_names=["a", "wider", BASE])
+        for row, name in enumerate(["a", "wider", BASE]):
+            assert_close(mixed[row], alone(model, name, {"input": x})[row], what=name)

@@ -114,11 +114,16 @@ class Mixer:
         keys = tuple(key for key in self.groups if key in used) or tuple(self.groups)[:1]
         tensors = [self._gather(self.groups[key], names, adapters) for key in keys]
         tensors += [self._stack(path, name, names, adapters) for path, name in self._copies]
-        layout = tuple((key, tuple(self.groups[key].places)) for key in keys)
+        layout = tuple(self._layout(self.groups[key]) for key in keys)
         copies = tuple(
             (*at, tuple(t.shape)) for at, t in zip(self._copies, tensors[len(keys) :], strict=True)
         )
         return Mix(self, ("rows", keys, layout, copies), len(names), tensors)
+
+    def _layout(self, group: Group) -> Hashable:
+        holder = self._bank.__dict__[_HOLDER]
+        shapes = (getattr(holder, f"{name}_{group.key}").shape for name in ("vera_A", "vera_B"))
+        return (group.rank, group.dtype, tuple(group.places.items()), *shapes)
 
     def _gather(self, group: Group, names: Sequence[str], adapters: dict[str, Adapter]) -> Tensor:
         own = {n: a for n, a in adapters.items() if a.projections == group.key}
