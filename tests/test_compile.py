@@ -81,6 +81,7 @@ def test_compiled_gradients_agree(name: str, fresh_dynamo) -> None:
         assert_close(actual, value, factor=50, what=vector)
 
 
+@pytest.mark.filterwarnings("ignore:.*graphs of Scaled have been captured")
 def test_more_signatures_than_the_recompile_limit(fresh_dynamo) -> None:
     """Each signature has a code object of its own, so they never use up Dynamo's limit of 8."""
 
