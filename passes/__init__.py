@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from ._graph import META_KEY, Tag, graph_text, module_paths, tag_of
+from ._graph import META_KEY, Tag, graph_text, module_paths, resolve, tag_of
 from ._protocol import (
     GraphPass,
     Numerics,
@@ -77,6 +77,7 @@ __all__ = [
     "find_sites",
     "graph_text",
     "module_paths",
+    "resolve",
     "run_passes",
     "site_groups",
     "tag_of",

@@ -75,7 +75,7 @@ def module_paths(graph: Graph) -> frozenset[str]:
 
 
 def resolve(root: object, target: str) -> Any:
-    """The object that the ``get_attr`` path ``target`` names on ``root``."""
+    """The object that the dotted path ``target``, as of a ``get_attr`` node, names on ``root``."""
     for atom in target.split("."):
         root = getattr(root, atom)
     return root

@@ -2,11 +2,11 @@
 
 import math
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 from torch.fx import Node
 
-from .row_support import broadcast, lost, rows_of, wrapped
+from .row_support import broadcast, lost, of_self, rows_of, wrapped
 from .rows import Fact, RowFacts, Rows, divided, operands, same, shape_of
 
 _FOREVER = 2**62
@@ -36,21 +36,15 @@ def reshape(node: Node, facts: RowFacts) -> Fact:
     return lost(node, "cuts through the rows")
 
 
-def expand(node: Node, facts: RowFacts) -> Fact:
+@of_self
+def expand(node: Node, rows: Rows, values: dict[str, Any]) -> Fact:
     """New leading dimensions, or larger ones where the size was 1."""
-    found = rows_of(node, facts, "self")
-    if found is None:
-        return lost(node, "mixes the rows")
-    rows, values = found
     return rows.at(rows.dim + len(shape_of(node)) - len(shape_of(values["self"])))
 
 
-def transpose(node: Node, facts: RowFacts) -> Fact:
+@of_self
+def transpose(node: Node, rows: Rows, values: dict[str, Any]) -> Fact:
     """Dimensions in another order."""
-    found = rows_of(node, facts, "self")
-    if found is None:
-        return lost(node, "mixes the rows")
-    rows, values = found
     ndim = len(shape_of(node))
     if "dims" in values:
         order = [wrapped(d, ndim) for d in values["dims"]]
@@ -59,12 +53,9 @@ def transpose(node: Node, facts: RowFacts) -> Fact:
     return rows.at(pair[1 - pair.index(rows.dim)]) if rows.dim in pair else rows
 
 
-def unsqueeze(node: Node, facts: RowFacts) -> Fact:
+@of_self
+def unsqueeze(node: Node, rows: Rows, values: dict[str, Any]) -> Fact:
     """A new dimension of size 1."""
-    found = rows_of(node, facts, "self")
-    if found is None:
-        return lost(node, "mixes the rows")
-    rows, values = found
     return rows.at(rows.dim + (wrapped(values["dim"], len(shape_of(node))) <= rows.dim))
 
 
@@ -83,22 +74,16 @@ def squeeze(node: Node, facts: RowFacts) -> Fact:
     return rows.at(rows.dim - sum(d < rows.dim and same(before[d], 1) for d in gone))
 
 
-def select(node: Node, facts: RowFacts) -> Fact:
+@of_self
+def select(node: Node, rows: Rows, values: dict[str, Any]) -> Fact:
     """One index of a dimension, or each (unbind); not of the rows."""
-    found = rows_of(node, facts, "self")
-    if found is None:
-        return lost(node, "mixes the rows")
-    rows, values = found
     dim = wrapped(values.get("dim", 0), len(shape_of(values["self"])))
     return rows.at(rows.dim - (dim < rows.dim)) if dim != rows.dim else lost(node, "picks a row")
 
 
-def cut(node: Node, facts: RowFacts) -> Fact:
+@of_self
+def cut(node: Node, rows: Rows, values: dict[str, Any]) -> Fact:
     """Part of a dimension; of the rows only the whole."""
-    found = rows_of(node, facts, "self")
-    if found is None:
-        return lost(node, "mixes the rows")
-    rows, values = found
     if wrapped(values.get("dim", 0), len(shape_of(node))) != rows.dim:
         return rows
     end, step = values.get("end"), values.get("step", 1)
@@ -112,12 +97,9 @@ def cut(node: Node, facts: RowFacts) -> Fact:
     return rows if whole and is_all else lost(node, "picks some rows")
 
 
-def split(node: Node, facts: RowFacts) -> Fact:
+@of_self
+def split(node: Node, rows: Rows, values: dict[str, Any]) -> Fact:
     """Several parts of a dimension; not of the rows."""
-    found = rows_of(node, facts, "self")
-    if found is None:
-        return lost(node, "mixes the rows")
-    rows, values = found
     is_rows = wrapped(values.get("dim", 0), len(shape_of(values["self"]))) == rows.dim
     return lost(node, "splits the rows") if is_rows else rows
 
@@ -181,23 +163,17 @@ def gather(node: Node, facts: RowFacts) -> Fact:
     return broadcast(node, facts, values["self"], values["index"])
 
 
-def pad(node: Node, facts: RowFacts) -> Fact:
+@of_self
+def pad(node: Node, rows: Rows, values: dict[str, Any]) -> Fact:
     """Padded at the last dimensions; not at the rows."""
-    found = rows_of(node, facts, "self")
-    if found is None:
-        return lost(node, "mixes the rows")
-    rows, values = found
     padded = len(values["pad"]) // 2
     is_padded = rows.dim >= len(shape_of(node)) - padded
     return lost(node, "pads the rows") if is_padded else rows.under(rows.dim)
 
 
-def repeat(node: Node, facts: RowFacts) -> Fact:
+@of_self
+def repeat(node: Node, rows: Rows, values: dict[str, Any]) -> Fact:
     """Tiled; all rows may come over and over."""
-    found = rows_of(node, facts, "self")
-    if found is None:
-        return lost(node, "mixes the rows")
-    rows, values = found
     dim = rows.dim + len(shape_of(node)) - len(shape_of(values["self"]))
     times = values["repeats"][dim]
     factor = times.meta["val"] if isinstance(times, Node) else times

@@ -1,5 +1,7 @@
 """What the rules of row tracking share."""
 
+import functools
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -35,6 +37,19 @@ def rows_of(node: Node, facts: RowFacts, name: str) -> tuple[Rows, dict[str, Any
     values = operands(node)
     fact = facts.of(values[name])
     return (fact, values) if isinstance(fact, Rows) else None
+
+
+def of_self(
+    rule: Callable[[Node, Rows, dict[str, Any]], Fact],
+) -> Callable[[Node, RowFacts], Fact]:
+    """A rule for operators of which only the operand ``self`` may have rows."""
+
+    @functools.wraps(rule)
+    def checked(node: Node, facts: RowFacts) -> Fact:
+        found = rows_of(node, facts, "self")
+        return lost(node, "mixes the rows") if found is None else rule(node, *found)
+
+    return checked
 
 
 def wrapped(value: int, ndim: int) -> int:

@@ -204,3 +204,17 @@ def test_another_rank_under_the_same_names_is_another_graph(ranks: tuple[int, in
         mixed = model(x, adapter_names=["a", "wider", BASE])
         for row, name in enumerate(["a", "wider", BASE]):
             assert_close(mixed[row], alone(model, name, {"input": x})[row], what=name)
+
+
+def test_explain_shows_mixtures_and_the_encoders_graph() -> None:
+    model, inputs = adapted("t5")
+    inputs.pop("decoder_input_ids")
+    model.generate(**inputs, adapter_names=["a", BASE, "b"], max_new_tokens=3, pad_token_id=0)
+
+    graphs = vera_fx.explain(model).graphs
+    assert all("RowVectors" in str(graph.report) for graph in graphs)
+    sites = [site for graph in graphs for site in graph.sites]
+    assert any(site.startswith("encoder.") for site in sites)
+    assert any(site.startswith("decoder.") for site in sites)
+    reasons = {(plan, why) for graph in graphs for _, plan, why in graph.plans}
+    assert reasons == {("factored", "rows have adapters of their own")}

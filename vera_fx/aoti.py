@@ -11,7 +11,7 @@ from typing import Any
 import torch._inductor
 from torch import nn
 
-from vera_fx.errors import ExportError
+from vera_fx.errors import ExportError, first_line
 from vera_fx.export import export_program
 from vera_fx.files import moved_into
 from vera_fx.program_files import MANIFEST, manifest_of
@@ -74,9 +74,8 @@ def export_aoti(  # noqa: PLR0913
                 program, package_path=str(aside / target.name), inductor_configs=configs
             )
     except Exception as error:
-        text = str(error).strip().splitlines() or ["no message"]
         raise ExportError(
-            f"AOTInductor could not build {target}: {type(error).__name__}: {text[0]}\n"
+            f"AOTInductor could not build {target}: {first_line(error)}\n"
             f"  C++ compiler found: {shutil.which('g++') or shutil.which('clang++') or 'none'}; the full "
             "reason is the exception above."
         ) from error

@@ -113,11 +113,14 @@ class AdapterBank(nn.Module):
         # Kept in __dict__, not as a submodule: slots are views and must not reach state_dict.
         return cast("Slot", self.__dict__.setdefault(f"slot{index}", Slot()))
 
-    def _fill(self, slot: Slot, adapter: Adapter) -> None:
-        projections = self.projections_of(adapter)
+    def padded(self, key: str) -> tuple[Tensor, Tensor]:
+        """Projections as graphs read them: large enough for every target of the bank."""
         max_in = max(target.in_features for target in self.targets.values())
         max_out = max(target.out_features for target in self.targets.values())
-        vera_A, vera_B = projections.padded(max_in, max_out)
+        return cast("Projections", self.projections[key]).padded(max_in, max_out)
+
+    def _fill(self, slot: Slot, adapter: Adapter) -> None:
+        vera_A, vera_B = self.padded(adapter.projections)
         values: dict[str, Tensor] = {"vera_A": vera_A, "vera_B": vera_B}
         for path, target in self.targets.items():
             lambda_d, lambda_b = self._vectors(adapter, target)

@@ -22,9 +22,9 @@ from torch.fx.graph import CodeGen
 
 from vera_fx._torch import TreeSpec
 from vera_fx.debug import run_options
-from vera_fx.errors import CaptureError
+from vera_fx.errors import CaptureError, first_line
 from vera_fx.hf import checkpointing_recorded, export_patches
-from vera_fx.passes import PipelineReport, cleanup, run_passes
+from vera_fx.passes import PipelineReport, cleanup, resolve, run_passes
 from vera_fx.returned import Stateful, mark_returned
 from vera_fx.signature import Call, CallReader, map_tensors
 from vera_fx.targets import BANK
@@ -258,17 +258,11 @@ def bind_live(exported: ExportedProgram, model: nn.Module) -> GraphModule:
         bound.__dict__[name] = model.__dict__[name]
     for node in graph.nodes:
         if node.op == "get_attr" and node.target not in live:
-            value = _attribute(source, node.target)
+            value = resolve(source, node.target)
             node.target = f"_constant_{node.target.replace('.', '_')}"
             bound.__dict__[node.target] = value
     bound.graph = graph
     return bound
-
-
-def _attribute(root: Any, path: str) -> Any:
-    for atom in path.split("."):
-        root = getattr(root, atom)
-    return root
 
 
 def _drop_constant_inputs(graph: Graph) -> None:
@@ -280,11 +274,10 @@ def _drop_constant_inputs(graph: Graph) -> None:
 
 
 def _explain(model: nn.Module, call: Call, error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     shown = ", ".join(call.arguments) or "no arguments"
     return (
         f"torch.export cannot capture {type(model).__name__}({shown}): "
-        f"{type(error).__name__}: {lines[0] if lines else 'no message'}\n"
+        f"{first_line(error)}\n"
         "  Calls whose control flow depends on tensor values, or that use unregistered types, cannot "
         "become one graph. Call a part of the model that can, or change the arguments; the full "
         "reason is the exception above."

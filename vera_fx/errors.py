@@ -46,3 +46,9 @@ def listing(names: Iterable[str], *, limit: int = 8) -> str:
     names = [repr(name) for name in names]
     rest = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + rest if names else "none"
+
+
+def first_line(error: BaseException) -> str:
+    """An error of another library in one line: its class and the first line of its message."""
+    lines = str(error).strip().splitlines() or ["no message"]
+    return f"{type(error).__name__}: {lines[0].rstrip()}"

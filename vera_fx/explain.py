@@ -117,7 +117,7 @@ def explain(model: nn.Module) -> Explanation:
         AdapterError: the model is not adapted.
     """
     bank = require_adapted(model)
-    captures = [c for group in runtime_of(model).captures.values() for c in group]
+    captures = list(runtime_of(model).all_captures())
     return Explanation(
         adapters=tuple(bank.adapters),
         active=bank.computing(),

@@ -18,9 +18,16 @@ from vera_fx.checkpoint import KEY_PREFIX, owned_tensors, projections_hash
 from vera_fx.errors import AdapterError, ExportError, listing, nearest
 from vera_fx.merging import merged_weights
 from vera_fx.names import one_adapter
-from vera_fx.passes import Assignment, GraphPass, RedirectParameters, adaptation, run_passes
+from vera_fx.passes import (
+    Assignment,
+    GraphPass,
+    RedirectParameters,
+    adaptation,
+    resolve,
+    run_passes,
+)
 from vera_fx.program_files import fit_vectors, manifest_of, set_manifest
-from vera_fx.program_module import AUTO, VECTORS, Read, attribute_at, export_module, own
+from vera_fx.program_module import AUTO, VECTORS, Read, export_module, own
 from vera_fx.program_projections import describe
 from vera_fx.returned import is_stateful
 from vera_fx.runtime import copy_of, prepare, require_adapted
@@ -244,7 +251,7 @@ def _reads(model: nn.Module, bank: AdapterBank, name: str, form: str) -> dict[st
         reads[slot_path(0, attribute)] = read
     for projection in ("vera_A", "vera_B"):
         path = slot_path(0, projection)
-        reads[path] = Read(f"vera.{projection}", attribute_at(model, path))
+        reads[path] = Read(f"vera.{projection}", resolve(model, path))
     if form == "merged":
         reads |= {path: Read(path, value) for path, value in _merged(model, bank, name).items()}
     return reads

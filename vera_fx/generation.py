@@ -8,7 +8,7 @@ from torch import nn
 
 from vera_fx.bank import bank_of
 from vera_fx.capture import is_capturing
-from vera_fx.mixed import mix_of
+from vera_fx.mixed import check_mixture
 from vera_fx.mixture import in_mixture, names_for_rows
 from vera_fx.runtime import finish, prepare
 
@@ -28,7 +28,7 @@ def _generate(base: Any) -> Any:
     def generate(self: Any, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
         if adapter_names is None:
             return base.generate(self, *args, **kwargs)
-        mix_of(self, adapter_names)  # refuse bad names before the first token
+        check_mixture(self, adapter_names)  # before the first token
         with names_for_rows(bank_of(self), tuple(adapter_names)):
             return base.generate(self, *args, **kwargs)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vera_fx.adapter import Adapter
 from vera_fx.bank import AdapterBank, Slot, bank_of
+from vera_fx.build import attribute_of
 from vera_fx.errors import AdapterError, listing, nearest
 from vera_fx.passes import AdaptationPlan, Branch, Redirect, RowSource, RowVectors
 from vera_fx.targets import BANK
@@ -78,19 +79,21 @@ class Mix:
     """One mixture, ready to be handed to a graph.
 
     Attributes:
+        keys: the projections that its adapters use.
         structure: what of it shapes the graph.
         rows: how many names there are.
         tensors: the graph's further inputs, each with one entry per row.
     """
 
     mixer: "Mixer"
+    keys: tuple[str, ...]
     structure: tuple[Hashable, ...]
     rows: int
     tensors: list[Tensor]
 
     def plan(self, batched: frozenset[int]) -> AdaptationPlan:
         """What the adapting passes need to know."""
-        return self.mixer.plan(cast("Any", self.structure[1]), batched)
+        return self.mixer.plan(self.keys, batched)
 
 
 class Mixer:
@@ -106,6 +109,7 @@ class Mixer:
         self.groups = {key: group_of(bank, key) for key in keys}
         self._copies = list(_copies(bank))
         self._fill_holder()
+        self._layouts = {key: self._layout(group) for key, group in self.groups.items()}
 
     def mix(self, names: Sequence[str]) -> Mix:
         """Gather the rows of ``names``."""
@@ -114,13 +118,14 @@ class Mixer:
         keys = tuple(key for key in self.groups if key in used) or tuple(self.groups)[:1]
         tensors = [self._gather(self.groups[key], names, adapters) for key in keys]
         tensors += [self._stack(path, name, names, adapters) for path, name in self._copies]
-        layout = tuple(self._layout(self.groups[key]) for key in keys)
+        layout = tuple(self._layouts[key] for key in keys)
         copies = tuple(
-            (*at, tuple(t.shape)) for at, t in zip(self._copies, tensors[len(keys) :], strict=True)
+            (*at, t.shape) for at, t in zip(self._copies, tensors[len(keys) :], strict=True)
         )
-        return Mix(self, ("rows", keys, layout, copies), len(names), tensors)
+        return Mix(self, keys, ("rows", keys, layout, copies), len(names), tensors)
 
     def _layout(self, group: Group) -> Hashable:
+        """What of a group shapes graphs."""
         holder = self._bank.__dict__[_HOLDER]
         shapes = (getattr(holder, f"{name}_{group.key}").shape for name in ("vera_A", "vera_B"))
         return (group.rank, group.dtype, tuple(group.places.items()), *shapes)
@@ -137,24 +142,22 @@ class Mixer:
     def _stack(
         self, path: str, name: str, names: Sequence[str], adapters: dict[str, Adapter]
     ) -> Tensor:
-        base = _tensor(self._model.get_submodule(path), name)
+        base = attribute_of(self._model.get_submodule(path), name)
         own = {n: _copy_at(a, path, name, base) for n, a in adapters.items()}
         return torch.stack([own.get(n, base) for n in names]).detach()
 
     def _fill_holder(self) -> None:
         """Put what graphs read, and stand-ins for what becomes an input, where passes find it."""
         bank, values = self._bank, dict[str, Tensor]()
-        max_in = max(target.in_features for target in bank.targets.values())
-        max_out = max(target.out_features for target in bank.targets.values())
         for key, group in self.groups.items():
-            A, B = cast("Any", bank.projections[key]).padded(max_in, max_out)
+            A, B = bank.padded(key)
             values |= {f"vera_A_{key}": A, f"vera_B_{key}": B}
             zero = A.new_zeros((), dtype=group.dtype)
             for number, path in enumerate(group.places):
                 values[f"d_{key}_{number}"] = zero.expand(group.rank)
                 values[f"b_{key}_{number}"] = zero.expand(bank.targets[path].out_features)
         for number, (path, name) in enumerate(self._copies):
-            values[f"copy_{number}"] = _tensor(self._model.get_submodule(path), name)
+            values[f"copy_{number}"] = attribute_of(self._model.get_submodule(path), name)
         holder = bank.__dict__.setdefault(_HOLDER, Slot())
         holder.__dict__.update(values)
 
@@ -175,7 +178,7 @@ class Mixer:
         widths: list[tuple[str, tuple[int, ...], torch.dtype]] = []
         widths += [(group.table, (group.width,), group.dtype) for group in groups]
         for number, (path, name) in enumerate(self._copies):
-            value = _tensor(self._model.get_submodule(path), name)
+            value = attribute_of(self._model.get_submodule(path), name)
             shape = tuple(value.shape)
             sources.append(RowSource(_held(f"copy_{number}"), f"copies_{number}", 0, shape))
             widths.append((f"copies_{number}", shape, value.dtype))
@@ -212,16 +215,25 @@ def _copies(bank: AdapterBank) -> Iterator[tuple[str, str]]:
 
 def _copy_at(adapter: Adapter, path: str, name: str, base: Tensor) -> Tensor:
     module = adapter.copies.by_path.get(path)
-    return base if module is None else _tensor(module, name)
-
-
-def _tensor(root: nn.Module, path: str) -> Tensor:
-    *parents, name = path.split(".")
-    return getattr(root.get_submodule(".".join(parents)), name)
+    return base if module is None else attribute_of(module, name)
 
 
 def mix_of(model: nn.Module, names: Any) -> Mix:
     """The mixture that ``adapter_names`` asks for.
+
+    Raises:
+        AdapterError: as `check_mixture`.
+    """
+    check_mixture(model, names)
+    bank = bank_of(model)
+    mixer = bank.__dict__.get("mixer")
+    if mixer is None:
+        mixer = bank.__dict__["mixer"] = Mixer(model, bank)
+    return mixer.mix(names if bank.enabled else [BASE] * len(names))
+
+
+def check_mixture(model: nn.Module, names: Any) -> None:
+    """Refuse names that no mixture can be made of.
 
     Raises:
         AdapterError: the names are no sequence of known names, the model is in train mode, or
@@ -230,10 +242,6 @@ def mix_of(model: nn.Module, names: Any) -> Mix:
     bank = bank_of(model)
     _check_state(model, bank)
     _check_names(bank, names)
-    mixer = bank.__dict__.get("mixer")
-    if mixer is None:
-        mixer = bank.__dict__["mixer"] = Mixer(model, bank)
-    return mixer.mix(names if bank.enabled else [BASE] * len(names))
 
 
 def _check_state(model: nn.Module, bank: AdapterBank) -> None:

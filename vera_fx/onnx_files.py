@@ -12,7 +12,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from vera_fx._torch import tree_flatten_with_path, tree_unflatten
-from vera_fx.errors import ExportError
+from vera_fx.errors import ExportError, first_line
 from vera_fx.export import export_call
 from vera_fx.files import moved_into
 from vera_fx.passes import ZeroMaskedRows
@@ -98,9 +98,8 @@ def _convert(program: ExportedProgram) -> Any:
                 output_names=list(_output_names(program)),
             )
     except Exception as error:
-        text = str(error).strip().splitlines() or ["no message"]
         raise ExportError(
-            f"torch.onnx cannot convert this program: {type(error).__name__}: {text[0]}\n"
+            f"torch.onnx cannot convert this program: {first_line(error)}\n"
             "  An operator of the model may have no ONNX form; the full reason is the exception above."
         ) from error
     ir_model = cast("Any", converted).model

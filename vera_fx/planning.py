@@ -94,14 +94,16 @@ def workload(model: nn.Module, training: Mapping[str, bool], *, trains: bool) ->
     )
 
 
-def mixed_choice(model: nn.Module) -> Choice:
+def mixed_assignment(bank: AdapterBank) -> Assignment:
     """The plans of a batch that mixes adapters: factored, since no weight can serve all rows."""
-    bank = bank_of(model)
     requests = {bank.adapter(name).config.plan for name in bank.adapters}
-    return Choice(
-        Assignment(exact=requests == {"factored"}),
-        reasons=dict.fromkeys(bank.targets, "rows have adapters of their own"),
-    )
+    return Assignment(exact=requests == {"factored"})
+
+
+def mixed_choice(graph: torch.fx.GraphModule, bank: AdapterBank) -> Choice:
+    """`mixed_assignment` with the reason for every site of a captured graph."""
+    sites = [name for group in planner(graph, bank).groups for name, _ in group.sites]
+    return Choice(mixed_assignment(bank), dict.fromkeys(sites, "rows have adapters of their own"))
 
 
 def _restriction(adapters: Sequence[Adapter], train_mode: bool) -> str:

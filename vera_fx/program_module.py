@@ -18,7 +18,8 @@ from torch.fx.traceback import preserve_node_meta
 
 from vera_fx._torch import tree_flatten, tree_map
 from vera_fx.capture import Capture
-from vera_fx.errors import ExportError
+from vera_fx.errors import ExportError, first_line
+from vera_fx.passes import resolve
 from vera_fx.plain_output import plain_result
 
 AUTO = "auto"
@@ -85,7 +86,7 @@ def own(
     for node in copy.nodes:
         if node.op == "get_attr":
             read = reads.get(node.target)
-            value = attribute_at(graph, node.target) if read is None else read.value
+            value = resolve(graph, node.target) if read is None else read.value
             node.target = node.target if read is None else read.name
             _put(program, node.target, _snapshot(value, copies))
     return program, inputs
@@ -127,13 +128,6 @@ def _put(root: nn.Module, path: str, value: Any) -> None:
         setattr(root, name, value)
 
 
-def attribute_at(root: Any, path: str) -> Any:
-    """The object at a dotted path below ``root``."""
-    for atom in path.split("."):
-        root = getattr(root, atom)
-    return root
-
-
 def export_module(
     program: ProgramModule, arguments: Mapping[str, Any], count: int, dynamic_shapes: Any
 ) -> ExportedProgram:
@@ -166,9 +160,8 @@ def export_module(
                 strict=False,
             )
     except Exception as error:
-        text = str(error).strip().splitlines() or ["no message"]
         raise ExportError(
-            f"torch.export refuses this program: {type(error).__name__}: {text[0]}\n"
+            f"torch.export refuses this program: {first_line(error)}\n"
             f'  asked for dynamic_shapes={dynamic_shapes}; dynamic_shapes="auto" leaves open what '
             "the model allows, None fixes every size to the example's"
         ) from error

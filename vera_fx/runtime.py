@@ -5,6 +5,7 @@ that `prepare` returns, one code object per signature, so that signatures never 
 compile cache.
 """
 
+import contextlib
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -22,7 +23,7 @@ from vera_fx.errors import AdapterError, CaptureError, TargetError
 from vera_fx.hooks import EagerHook
 from vera_fx.mixed import Mix, mix_of
 from vera_fx.passes import AdaptationPlan, Choice, PipelineReport, SiteError, adaptation, run_passes
-from vera_fx.planning import mixed_choice, open_sizes, planner, workload
+from vera_fx.planning import mixed_assignment, mixed_choice, open_sizes, planner, workload
 from vera_fx.returned import restore
 from vera_fx.rows import row_names, rows_among
 from vera_fx.signature import Call, CallReader
@@ -30,7 +31,7 @@ from vera_fx.targets import BANK
 from vera_fx.watch import StateWatch
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable
+    from collections.abc import Hashable, Iterator
 
 
 @dataclass(slots=True)
@@ -69,6 +70,13 @@ class Runtime:
         self.captures: dict[tuple[Any, ...], list[Capture]] = {}
         self._memo: dict[Hashable, Ready] = {}
         self._lock = threading.RLock()
+
+    def all_captures(self) -> "Iterator[Capture]":
+        """Every capture, those of calls of parts of the model included."""
+        for found in self.captures.values():
+            yield from found
+        for entry in self.entries.values():
+            yield from entry.all_captures()
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> None:
         # Graphs belong to one model object; a copy of the model captures its own.
@@ -151,34 +159,41 @@ def _mixed(model: nn.Module, capture: Capture, call: Call, mix: Mix) -> Variant:
     """The variant whose rows may each have another adapter."""
     batched = rows_among(capture.values, call.leaves, mix.rows)
     variants = capture.variants.setdefault((mix.structure, batched), {})
-    choice = mixed_choice(model)
-    if choice.assignment not in variants:
-        plan = mix.plan(batched)
-        variants[choice.assignment] = adapt_graph(plan, capture, choice)
-    return variants[choice.assignment]
+    bank = bank_of(model)
+    assignment = mixed_assignment(bank)
+    if assignment not in variants:
+        with _as_target_errors():
+            choice = mixed_choice(capture.graph, bank)
+        variants[assignment] = adapt_graph(mix.plan(batched), capture, choice)
+    return variants[assignment]
 
 
 def _choose(model: nn.Module, capture: Capture, call: Call, known: list[Any]) -> Choice:
     """The plans for the call's sizes; those of a graph that exists if they are good enough."""
     bank = bank_of(model)
-    try:
-        if bank.structure not in capture.planners:
+    if bank.structure not in capture.planners:
+        with _as_target_errors():
             capture.planners[bank.structure] = planner(capture.graph, bank)
-    except SiteError as error:
-        raise TargetError(str(error)) from error
     sizes = open_sizes(capture.values, call.leaves)
     work = workload(model, capture.training, trains=torch.is_grad_enabled())
     return capture.planners[bank.structure].choose(sizes, work, known)
+
+
+@contextlib.contextmanager
+def _as_target_errors() -> "Iterator[None]":
+    """What passes say of a site, as the error that users know."""
+    try:
+        yield
+    except SiteError as error:
+        raise TargetError(str(error)) from error
 
 
 def adapt_graph(plan: AdaptationPlan, capture: Capture, choice: Choice) -> Variant:
     """Run the adapting passes on a copy of a captured graph."""
     graph = copy_of(capture.graph)
     passes = adaptation(plan, choice.assignment, capture.checkpointed)
-    try:
+    with _as_target_errors():
         report = run_passes(graph, passes, run_options("adapt"))
-    except SiteError as error:
-        raise TargetError(str(error)) from error
     return Variant(graph, report, choice)
 
 
