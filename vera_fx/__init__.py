@@ -35,16 +35,19 @@ from vera_fx.merging import merge, unmerge
 from vera_fx.onnx_files import export_onnx
 from vera_fx.program_adapters import program_sites, replace_adapter
 from vera_fx.program_files import load_program, save_program
+from vera_fx.store import AdapterStore, StoreCounts
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdapterError",
+    "AdapterStore",
     "CaptureError",
     "CheckpointError",
     "ConfigError",
     "ExportError",
     "ParameterSummary",
+    "StoreCounts",
     "TargetError",
     "VeraConfig",
     "VeraFxError",

@@ -88,10 +88,11 @@ class AdapterBank(nn.Module):
 
     def activate(self, names: Iterable[str]) -> None:
         """Make exactly these adapters active: they compute, and train if they are trainable."""
-        self.active = tuple(names)
-        for name, adapter in self.adapters.items():
-            live = name in self.active and cast("Adapter", adapter).trainable
-            adapter.requires_grad_(live)
+        before, self.active = self.active, tuple(names)
+        # All others are frozen already: a switch costs the same however many there are.
+        for name in {*before, *self.active} & self.adapters.keys():
+            adapter = self.adapter(name)
+            adapter.requires_grad_(name in self.active and adapter.trainable)
         self.bind()
 
     def computing(self) -> tuple[str, ...]:

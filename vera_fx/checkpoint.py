@@ -28,9 +28,9 @@ from vera_fx.runtime import require_adapted
 from vera_fx.targets import resolve_targets
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-_HASH = "vera_fx.projections_sha256"
+HASH = "vera_fx.projections_sha256"
 KEY_PREFIX = "base_model.model."
-_PROJECTIONS = ("base_model.vera_A", "base_model.vera_B")
+PROJECTIONS = ("base_model.vera_A", "base_model.vera_B")
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -51,7 +51,7 @@ def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Ten
     state = {key: tensor.detach() for key, tensor in owned_tensors(adapter)}
     if adapter.config.save_projection:
         pair = bank.projections_of(adapter)
-        state.update(zip(_PROJECTIONS, (pair.vera_A, pair.vera_B), strict=True))
+        state.update(zip(PROJECTIONS, (pair.vera_A, pair.vera_B), strict=True))
     return state
 
 
@@ -80,8 +80,8 @@ def load_adapter_state_dict(
     check_known(name, bank.adapters)
     adapter = bank.adapter(name)
     pair = bank.projections_of(adapter)
-    given = [state[key] for key in _PROJECTIONS if key in state]
-    if len(given) == len(_PROJECTIONS) and not pair.equals(given[0], given[1]):
+    given = [state[key] for key in PROJECTIONS if key in state]
+    if len(given) == len(PROJECTIONS) and not pair.equals(given[0], given[1]):
         raise CheckpointError(
             f"the projections given for adapter {name!r} differ from those it was made with; "
             "load the files under another name with load_adapter"
@@ -92,8 +92,22 @@ def load_adapter_state_dict(
 def _fill(adapter: Adapter, state: Mapping[str, Tensor], *, source: str) -> None:
     """Copy every tensor of ``state`` into ``adapter``, after all of them have been checked."""
     expected = dict(owned_tensors(adapter))
+    check_state({key: tensor.shape for key, tensor in expected.items()}, state, source=source)
+    with torch.no_grad():
+        for key, tensor in expected.items():
+            tensor.copy_(state[key])
+
+
+def check_state(
+    expected: Mapping[str, torch.Size], state: Mapping[str, Tensor], *, source: str
+) -> None:
+    """Refuse a state whose keys or sizes are not those of an adapter.
+
+    Raises:
+        CheckpointError: a tensor is missing, unknown or of another shape.
+    """
     missing = [key for key in expected if key not in state]
-    unknown = [k for k in state if k not in expected and k not in _PROJECTIONS and not _is_stray(k)]
+    unknown = [k for k in state if k not in expected and k not in PROJECTIONS and not _is_stray(k)]
     if missing or unknown:
         raise CheckpointError(
             f"{source} does not fit this model and configuration:"
@@ -101,15 +115,12 @@ def _fill(adapter: Adapter, state: Mapping[str, Tensor], *, source: str) -> None
             + (f"\n  unknown: {listing(unknown)}" if unknown else "")
             + "\n  Was it trained on another model, or with other target_modules?"
         )
-    for key, tensor in expected.items():
-        if state[key].shape != tensor.shape:
+    for key, shape in expected.items():
+        if state[key].shape != shape:
             raise CheckpointError(
                 f"{source}: {key} has shape {tuple(state[key].shape)}, but this model and "
-                f"configuration need {tuple(tensor.shape)}"
+                f"configuration need {tuple(shape)}"
             )
-    with torch.no_grad():
-        for key, tensor in expected.items():
-            tensor.copy_(state[key])
 
 
 def _is_stray(key: str) -> bool:
@@ -149,7 +160,7 @@ def save_adapter(
         )
     state = adapter_state_dict(model, adapter_name)
     tensors = {key: tensor.cpu().contiguous().clone() for key, tensor in state.items()}
-    metadata = {"format": "pt", _HASH: projections_hash(bank.projections_of(adapter))}
+    metadata = {"format": "pt", HASH: projections_hash(bank.projections_of(adapter))}
     folder = Path(directory)
     try:
         with moved_into(folder) as aside:
@@ -203,10 +214,10 @@ def load_adapter(
     bank = bank_of(model) if is_adapted(model) else AdapterBank()
     check_name(adapter_name, bank.adapters)
     config = dataclasses.replace(read_json(folder), plan=plan)
-    state, metadata = _read_weights(folder)
+    state, metadata = read_weights(folder)
     if not is_adapted(model):
         check_adaptable(model, config)
-    layout = _plan(model, config, folder, autocast=autocast_adapter_dtype)
+    layout = plan_of(model, config, folder, autocast=autocast_adapter_dtype)
     fresh = dataclasses.replace(layout, config=dataclasses.replace(config, init_weights=True))
     adapter = build_adapter(model, fresh, trainable=trainable)
     adapter.config = config
@@ -221,7 +232,7 @@ def load_adapter(
     return model
 
 
-def _plan(model: nn.Module, config: VeraConfig, folder: Path, *, autocast: bool) -> Blueprint:
+def plan_of(model: nn.Module, config: VeraConfig, folder: Path, *, autocast: bool) -> Blueprint:
     try:
         targets = resolve_targets(model, config, strict=False)
         return blueprint(model, config, targets, autocast=autocast)
@@ -231,7 +242,7 @@ def _plan(model: nn.Module, config: VeraConfig, folder: Path, *, autocast: bool)
         ) from error
 
 
-def _read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     path = folder / WEIGHTS_FILE
     if not path.is_file():
         pickled = (
@@ -253,11 +264,11 @@ def read_adapter(folder: Path) -> tuple[dict[str, Tensor], str | None]:
     Raises:
         CheckpointError: the files are missing or damaged.
     """
-    state, metadata = _read_weights(folder)
-    pair = [state.pop(key) for key in _PROJECTIONS if key in state]
-    known = projections_hash(Projections(*pair)) if len(pair) == len(_PROJECTIONS) else None
+    state, metadata = read_weights(folder)
+    pair = [state.pop(key) for key in PROJECTIONS if key in state]
+    known = projections_hash(Projections(*pair)) if len(pair) == len(PROJECTIONS) else None
     own = {key: value for key, value in state.items() if not _is_stray(key)}
-    return own, metadata.get(_HASH) or known
+    return own, metadata.get(HASH) or known
 
 
 def _projections(
@@ -269,8 +280,8 @@ def _projections(
 ) -> tuple[Tensor, Tensor]:
     """The projections an adapter was trained with: from its file, or drawn again and checked."""
     drawn_A, drawn_B = draw(model, plan)
-    stored = [state[key] for key in _PROJECTIONS if key in state]
-    if len(stored) == len(_PROJECTIONS):
+    stored = [state[key] for key in PROJECTIONS if key in state]
+    if len(stored) == len(PROJECTIONS):
         vera_A, vera_B = (value.to(drawn_A) for value in stored)
         _check_sizes(vera_A, vera_B, drawn_A, drawn_B, folder)
         return vera_A, vera_B
@@ -293,7 +304,7 @@ def _check_sizes(A: Tensor, B: Tensor, drawn_A: Tensor, drawn_B: Tensor, folder:
 
 def _check_hash(A: Tensor, B: Tensor, metadata: Mapping[str, str], folder: Path) -> None:
     """Compare drawn projections with the hash of those that the adapter was trained with."""
-    known = metadata.get(_HASH)
+    known = metadata.get(HASH)
     if known is None:
         warnings.warn(
             f"{folder} has no projections and no hash of them; they are drawn again from "

@@ -8,7 +8,7 @@ from torch import nn
 
 from vera_fx.bank import bank_of
 from vera_fx.capture import is_capturing
-from vera_fx.mixed import check_mixture
+from vera_fx.mixed import check_mixture, stored_of
 from vera_fx.mixture import in_mixture, names_for_rows
 from vera_fx.runtime import finish, prepare
 
@@ -29,7 +29,8 @@ def _generate(base: Any) -> Any:
         if adapter_names is None:
             return base.generate(self, *args, **kwargs)
         check_mixture(self, adapter_names)  # before the first token
-        with names_for_rows(bank_of(self), tuple(adapter_names)):
+        bank = bank_of(self)
+        with names_for_rows(bank, tuple(adapter_names), stored_of(bank, adapter_names)):
             return base.generate(self, *args, **kwargs)
 
     return generate

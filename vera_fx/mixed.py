@@ -5,7 +5,7 @@ vectors, gathered before the call and handed to the graph as an input. So neithe
 in a batch nor how many a bank holds is part of any graph.
 """
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,6 +16,7 @@ from vera_fx.adapter import Adapter
 from vera_fx.bank import AdapterBank, Slot, bank_of
 from vera_fx.build import attribute_of
 from vera_fx.errors import AdapterError, listing, nearest
+from vera_fx.packed import Group, Packed
 from vera_fx.passes import AdaptationPlan, Branch, Redirect, RowSource, RowVectors
 from vera_fx.targets import BANK
 
@@ -23,30 +24,8 @@ BASE = "__base__"
 """The name, in ``adapter_names``, of a row that no adapter serves."""
 
 _HOLDER = "rows"
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """The adapters that share one pair of projections, as columns of one row of vectors.
-
-    Attributes:
-        key: the projections' key in the bank.
-        rank: their rank.
-        dtype: the vectors' dtype.
-        places: for each target's path, the first column of ``lambda_d`` and of ``lambda_b``.
-        width: columns in all.
-    """
-
-    key: str
-    rank: int
-    dtype: torch.dtype
-    places: dict[str, tuple[int, int]]
-    width: int
-
-    @property
-    def table(self) -> str:
-        """Name of the graph input that holds the rows."""
-        return f"rows_{self.key}"
+STORE = "store"
+"""Where a bank keeps the `vera_fx.store.AdapterStore` that serves further names."""
 
 
 def group_of(bank: AdapterBank, key: str) -> Group:
@@ -61,8 +40,10 @@ def group_of(bank: AdapterBank, key: str) -> Group:
     return Group(key, rank, next(members[0].vectors.parameters()).dtype, places, start)
 
 
-def row_of(bank: AdapterBank, group: Group, adapter: Adapter) -> Tensor:
+def row_of(bank: AdapterBank, group: Group, adapter: Adapter | Packed) -> Tensor:
     """An adapter's vectors as one row ``(width,)``; zeros, which add nothing, where it has none."""
+    if isinstance(adapter, Packed):
+        return adapter.row_for(group)
     parts: list[Tensor] = []
     for path in group.places:
         vectors = adapter.vectors_at(path)
@@ -83,6 +64,7 @@ class Mix:
         structure: what of it shapes the graph.
         rows: how many names there are.
         tensors: the graph's further inputs, each with one entry per row.
+        dropout: some adapter in it drops elements of its input in train mode.
     """
 
     mixer: "Mixer"
@@ -90,6 +72,7 @@ class Mix:
     structure: tuple[Hashable, ...]
     rows: int
     tensors: list[Tensor]
+    dropout: bool = False
 
     def plan(self, batched: frozenset[int]) -> AdaptationPlan:
         """What the adapting passes need to know."""
@@ -111,9 +94,12 @@ class Mixer:
         self._fill_holder()
         self._layouts = {key: self._layout(group) for key, group in self.groups.items()}
 
-    def mix(self, names: Sequence[str]) -> Mix:
-        """Gather the rows of ``names``."""
-        adapters = {n: self._bank.adapter(n) for n in dict.fromkeys(names) if n != BASE}
+    def mix(self, names: Sequence[str], stored: Mapping[str, Packed]) -> Mix:
+        """Gather the rows of ``names``; ``stored`` are those that no module of the bank holds."""
+        adapters: dict[str, Adapter | Packed] = {}
+        for name in dict.fromkeys(names):
+            if name != BASE:
+                adapters[name] = stored.get(name) or self._bank.adapter(name)
         used = {adapter.projections for adapter in adapters.values()}
         keys = tuple(key for key in self.groups if key in used) or tuple(self.groups)[:1]
         tensors = [self._gather(self.groups[key], names, adapters) for key in keys]
@@ -122,7 +108,8 @@ class Mixer:
         copies = tuple(
             (*at, t.shape) for at, t in zip(self._copies, tensors[len(keys) :], strict=True)
         )
-        return Mix(self, keys, ("rows", keys, layout, copies), len(names), tensors)
+        dropout = any(adapter.config.vera_dropout for adapter in adapters.values())
+        return Mix(self, keys, ("rows", keys, layout, copies), len(names), tensors, dropout)
 
     def _layout(self, group: Group) -> Hashable:
         """What of a group shapes graphs."""
@@ -130,21 +117,33 @@ class Mixer:
         shapes = (getattr(holder, f"{name}_{group.key}").shape for name in ("vera_A", "vera_B"))
         return (group.rank, group.dtype, tuple(group.places.items()), *shapes)
 
-    def _gather(self, group: Group, names: Sequence[str], adapters: dict[str, Adapter]) -> Tensor:
-        own = {n: a for n, a in adapters.items() if a.projections == group.key}
+    def _gather(
+        self, group: Group, names: Sequence[str], adapters: Mapping[str, Adapter | Packed]
+    ) -> Tensor:
         like = cast("Tensor", self._bank.projections[group.key].vera_A)
-        table = like.new_zeros((len(own) + 1, group.width), dtype=group.dtype)
-        for number, adapter in enumerate(own.values(), 1):
-            table[number] = row_of(self._bank, group, adapter)
-        numbers = {name: number for number, name in enumerate(own, 1)}
-        return table[torch.tensor([numbers.get(name, 0) for name in names], device=like.device)]
+        nothing = like.new_zeros(1, dtype=group.dtype).expand(group.width)
+        own = {
+            name: row_of(self._bank, group, adapter).to(like.device, group.dtype)
+            for name, adapter in adapters.items()
+            if adapter.projections == group.key
+        }
+        return torch.stack([own.get(name, nothing) for name in names])
 
     def _stack(
-        self, path: str, name: str, names: Sequence[str], adapters: dict[str, Adapter]
+        self,
+        path: str,
+        name: str,
+        names: Sequence[str],
+        adapters: Mapping[str, Adapter | Packed],
     ) -> Tensor:
         base = attribute_of(self._model.get_submodule(path), name)
         own = {n: _copy_at(a, path, name, base) for n, a in adapters.items()}
         return torch.stack([own.get(n, base) for n in names]).detach()
+
+    @property
+    def copies(self) -> frozenset[tuple[str, str]]:
+        """``(module path, tensor name)`` of every tensor that may differ from row to row."""
+        return frozenset(self._copies)
 
     def _fill_holder(self) -> None:
         """Put what graphs read, and stand-ins for what becomes an input, where passes find it."""
@@ -213,7 +212,9 @@ def _copies(bank: AdapterBank) -> Iterator[tuple[str, str]]:
     yield from dict.fromkeys((path, name) for a in adapters for path, name, _ in a.copied_tensors())
 
 
-def _copy_at(adapter: Adapter, path: str, name: str, base: Tensor) -> Tensor:
+def _copy_at(adapter: Adapter | Packed, path: str, name: str, base: Tensor) -> Tensor:
+    if isinstance(adapter, Packed):
+        return adapter.copies.get((path, name), base).to(base.device)
     module = adapter.copies.by_path.get(path)
     return base if module is None else attribute_of(module, name)
 
@@ -226,10 +227,25 @@ def mix_of(model: nn.Module, names: Any) -> Mix:
     """
     check_mixture(model, names)
     bank = bank_of(model)
+    if not bank.enabled:
+        names = [BASE] * len(names)
+    return mixer_of(model).mix(names, stored_of(bank, names))
+
+
+def mixer_of(model: nn.Module) -> Mixer:
+    """The mixer for the adapters that the bank has now."""
+    bank = bank_of(model)
     mixer = bank.__dict__.get("mixer")
     if mixer is None:
         mixer = bank.__dict__["mixer"] = Mixer(model, bank)
-    return mixer.mix(names if bank.enabled else [BASE] * len(names))
+    return mixer
+
+
+def stored_of(bank: AdapterBank, names: Sequence[str]) -> Mapping[str, Packed]:
+    """Those of the names that only a store knows, loaded."""
+    store = bank.__dict__.get(STORE)
+    away = [n for n in dict.fromkeys(names) if n != BASE and n not in bank.adapters]
+    return store.take(away) if away else {}
 
 
 def check_mixture(model: nn.Module, names: Any) -> None:
@@ -262,9 +278,10 @@ def _check_names(bank: AdapterBank, names: Any) -> None:
         raise AdapterError(
             f"adapter_names must be a list with one adapter's name per row, got {names!r}"
         )
+    store = bank.__dict__.get(STORE)
     for row, name in enumerate(cast("Sequence[Any]", names)):
-        if name != BASE and name not in bank.adapters:
-            known = [*bank.adapters, BASE]
+        if name != BASE and name not in bank.adapters and not (store and name in store):
+            known = [*bank.adapters, *(store.names() if store else ()), BASE]
             raise AdapterError(
                 f"adapter_names[{row}] is {name!r}, which is no adapter"
                 f"{nearest(str(name), known) or f'; known: {listing(known)}'}"

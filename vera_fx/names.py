@@ -1,6 +1,6 @@
 """Adapter names: they become parts of parameter names and of file paths."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 from torch import nn
 
@@ -13,7 +13,7 @@ _FORBIDDEN = set('./\\:*?"<>|\0') | {chr(code) for code in range(32)}
 _MAX_LENGTH = 128
 
 
-def check_name(name: str, taken: Iterable[str]) -> None:
+def check_name(name: str, taken: Collection[str]) -> None:
     """Refuse names that cannot be part of a parameter name or a file path, or are taken.
 
     Raises:
@@ -31,26 +31,25 @@ def check_name(name: str, taken: Iterable[str]) -> None:
         raise AdapterError(f"{name!r} cannot be an adapter name: torch keeps module state under it")
     if name == BASE:
         raise AdapterError(f"the adapter name {BASE!r} stands for the plain base model")
-    if name in set(taken):
+    if name in taken:
         raise AdapterError(
             f"there is an adapter called {name!r} already; delete it or choose another name"
         )
 
 
-def check_known(name: str, known: Iterable[str]) -> None:
+def check_known(name: str, known: Collection[str]) -> None:
     """Refuse a name that no adapter has.
 
     Raises:
         AdapterError: with the nearest names.
     """
-    known = list(known)
     if name not in known:
         raise AdapterError(
             f"there is no adapter called {name!r}{nearest(str(name), known) or f'; known: {listing(known)}'}"
         )
 
 
-def one_adapter(known: Iterable[str], active: Sequence[str], name: str | None) -> str:
+def one_adapter(known: Collection[str], active: Sequence[str], name: str | None) -> str:
     """The adapter asked for, or the one that is active.
 
     Raises:

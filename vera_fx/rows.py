@@ -4,25 +4,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vera_fx.bank import bank_of
 from vera_fx.errors import AdapterError
-from vera_fx.mixture import held_names
 from vera_fx.signature import Call
 
 _ROW_INPUTS = ("decoder_input_ids", "input_ids", "decoder_inputs_embeds", "inputs_embeds")
 
 
-def row_names(model: nn.Module, call: Call) -> list[str] | None:
-    """The names for the rows of a call inside `names_for_rows`; None outside of it.
+def row_names(call: Call, names: Sequence[str]) -> list[str]:
+    """The names for the rows of a call that may have a multiple of as many rows.
 
     Raises:
         AdapterError: the call's rows are no multiple of the names.
     """
-    names = held_names(bank_of(model))
-    if names is None:
-        return None
     arguments = [call.arguments[name] for name in _ROW_INPUTS if name in call.arguments]
     rows = next((t.shape[0] for t in [*arguments, *call.leaves] if isinstance(t, Tensor)), 0)
     if rows % len(names):

@@ -22,8 +22,10 @@ from vera_fx.debug import run_options
 from vera_fx.errors import AdapterError, CaptureError, TargetError
 from vera_fx.hooks import EagerHook
 from vera_fx.mixed import Mix, mix_of
+from vera_fx.mixture import held_by
 from vera_fx.passes import AdaptationPlan, Choice, PipelineReport, SiteError, adaptation, run_passes
 from vera_fx.planning import mixed_assignment, mixed_choice, open_sizes, planner, workload
+from vera_fx.regather import mix_again
 from vera_fx.returned import restore
 from vera_fx.rows import row_names, rows_among
 from vera_fx.signature import Call, CallReader
@@ -97,7 +99,7 @@ class Runtime:
             CaptureError: the call cannot be captured.
             TargetError: a target is used in a way that cannot be adapted.
         """
-        structure = mix.structure if mix else bank_of(model).structure
+        structure = (mix.structure, mix.dropout) if mix else bank_of(model).structure
         key = (call.key, self.watch.state(), structure, _ambient(), torch.is_grad_enabled())
         found = self._memo.get(key)
         if found is None:
@@ -157,15 +159,26 @@ def _entry_forward(model: nn.Module, entry: str) -> tuple[Any, Any]:
 
 def _mixed(model: nn.Module, capture: Capture, call: Call, mix: Mix) -> Variant:
     """The variant whose rows may each have another adapter."""
+    bank = bank_of(model)
+    if mix.dropout:
+        _refuse_dropout(capture, bank)
     batched = rows_among(capture.values, call.leaves, mix.rows)
     variants = capture.variants.setdefault((mix.structure, batched), {})
-    bank = bank_of(model)
     assignment = mixed_assignment(bank)
     if assignment not in variants:
         with _as_target_errors():
             choice = mixed_choice(capture.graph, bank)
         variants[assignment] = adapt_graph(mix.plan(batched), capture, choice)
     return variants[assignment]
+
+
+def _refuse_dropout(capture: Capture, bank: AdapterBank) -> None:
+    training = [path for path in bank.targets if capture.training.get(path)]
+    if training:
+        raise AdapterError(
+            f"adapter_names mixes adapters for inference, without vera_dropout, and the target "
+            f"{training[0]!r} is in train mode; call model.eval()"
+        )
 
 
 def _choose(model: nn.Module, capture: Capture, call: Call, known: list[Any]) -> Choice:
@@ -261,13 +274,20 @@ def prepare(
         )
     names = kwargs.pop("adapter_names", None)
     call = runtime.reader.read(args, kwargs)
-    names = row_names(model, call) if names is None else names
-    if names is None:
+    mix = _mix_for(model, call, names)
+    if mix is None:
         return runtime.ready(model, call), call
-    mix = mix_of(model, names)
     ready = runtime.ready(model, call, mix)
     call.leaves += mix.tensors
     return ready, call
+
+
+def _mix_for(model: nn.Module, call: Call, names: Any) -> Mix | None:
+    """The mixture of a call: of its own ``adapter_names``, or of the ``generate`` around it."""
+    if names is not None:
+        return mix_of(model, names)
+    held = held_by(bank_of(model))
+    return held and mix_again(model, row_names(call, held.names), held)
 
 
 @outside_dynamo

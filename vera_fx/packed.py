@@ -1,0 +1,89 @@
+"""An adapter as plain data: one tensor of vectors, and copies of what else it trained.
+
+A bank's own adapters are modules, which can train. Thousands that only serve need no modules: one
+row each, in the order in which mixtures lay vectors out, immutable once it is made.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vera_fx.config import VeraConfig
+from vera_fx.errors import AdapterError
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The adapters that share one pair of projections, as columns of one row of vectors.
+
+    Attributes:
+        key: the projections' key in the bank.
+        rank: their rank.
+        dtype: the vectors' dtype.
+        places: for each target's path, the first column of ``lambda_d`` and of ``lambda_b``.
+        width: columns in all.
+    """
+
+    key: str
+    rank: int
+    dtype: torch.dtype
+    places: dict[str, tuple[int, int]]
+    width: int
+
+    @property
+    def table(self) -> str:
+        """Name of the graph input that holds the rows."""
+        return f"rows_{self.key}"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Packed:
+    """One adapter that only serves. Nobody writes to its tensors.
+
+    Attributes:
+        config: what it was made from.
+        group: the layout of ``row``.
+        row: ``(group.width,)``.
+        copies: ``(module path, tensor name)`` -> its own value of that tensor.
+        pair: the projections it was trained with, as the bank holds them.
+    """
+
+    config: VeraConfig
+    group: Group
+    row: Tensor
+    copies: Mapping[tuple[str, str], Tensor]
+    pair: object
+
+    @property
+    def projections(self) -> str:
+        """The key of its projections in the bank."""
+        return self.group.key
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of its tensors."""
+        return self.row.nbytes + sum(tensor.nbytes for tensor in self.copies.values())
+
+    def row_for(self, group: Group) -> Tensor:
+        """The row in another layout, that of a bank whose adapters have come or gone since.
+
+        Raises:
+            AdapterError: the bank has no place left for one of its targets.
+        """
+        if group is self.group or group.places == self.group.places:
+            return self.row
+        row = self.row.new_zeros(group.width)
+        ends = [*(start for start, _ in self.group.places.values()), self.group.width][1:]
+        for (path, (start, _)), end in zip(self.group.places.items(), ends, strict=True):
+            values = self.row[start:end]
+            if path in group.places:
+                at = group.places[path][0]
+                row[at : at + len(values)] = values
+            elif values.any():
+                raise AdapterError(
+                    f"an adapter of the store has vectors for {path!r}, and the bank's adapters "
+                    "that had some too were deleted; load one of its kind with load_adapter"
+                )
+        return row
