@@ -3,6 +3,7 @@
 import json
 import shutil
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,19 +104,21 @@ def test_no_recompile_no_recapture_when_adapters_come_and_go(folder: Path) -> No
     assert len(list(runtime.all_captures())) == captures
 
 
+def guarded_thread(failures: list[BaseException], work: Any) -> threading.Thread:
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            failures.append(error)
+
+    return threading.Thread(target=run)
+
+
 def test_threads_load_and_add_while_the_model_serves(folder: Path) -> None:
     model, store, known = make(folder, 6, capacity=3)
     failures: list[BaseException] = []
     stop = threading.Event()
-
-    def guarded(work: Any) -> threading.Thread:
-        def run() -> None:
-            try:
-                work()
-            except BaseException as error:
-                failures.append(error)
-
-        return threading.Thread(target=run)
+    guarded = partial(guarded_thread, failures)
 
     def load() -> None:
         number = 0

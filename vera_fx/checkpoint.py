@@ -233,6 +233,11 @@ def load_adapter(
 
 
 def plan_of(model: nn.Module, config: VeraConfig, folder: Path, *, autocast: bool) -> Blueprint:
+    """What the adapter in ``folder`` is on this model.
+
+    Raises:
+        CheckpointError: its targets do not fit the model.
+    """
     try:
         targets = resolve_targets(model, config, strict=False)
         return blueprint(model, config, targets, autocast=autocast)
@@ -243,6 +248,11 @@ def plan_of(model: nn.Module, config: VeraConfig, folder: Path, *, autocast: boo
 
 
 def read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of an adapter's file, mapped into memory, and its metadata.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
     path = folder / WEIGHTS_FILE
     if not path.is_file():
         pickled = (

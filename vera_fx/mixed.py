@@ -245,7 +245,7 @@ def stored_of(bank: AdapterBank, names: Sequence[str]) -> Mapping[str, Packed]:
     """Those of the names that only a store knows, loaded."""
     store = bank.__dict__.get(STORE)
     away = [n for n in dict.fromkeys(names) if n != BASE and n not in bank.adapters]
-    return store.take(away) if away else {}
+    return store.take(away) if store is not None and away else {}
 
 
 def check_mixture(model: nn.Module, names: Any) -> None:
@@ -280,8 +280,8 @@ def _check_names(bank: AdapterBank, names: Any) -> None:
         )
     store = bank.__dict__.get(STORE)
     for row, name in enumerate(cast("Sequence[Any]", names)):
-        if name != BASE and name not in bank.adapters and not (store and name in store):
-            known = [*bank.adapters, *(store.names() if store else ()), BASE]
+        if name != BASE and name not in bank.adapters and (store is None or name not in store):
+            known = [*bank.adapters, *(store.names() if store is not None else ()), BASE]
             raise AdapterError(
                 f"adapter_names[{row}] is {name!r}, which is no adapter"
                 f"{nearest(str(name), known) or f'; known: {listing(known)}'}"

@@ -1,6 +1,7 @@
 """Adapter names: they become parts of parameter names and of file paths."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 from torch import nn
 
@@ -13,7 +14,15 @@ _FORBIDDEN = set('./\\:*?"<>|\0') | {chr(code) for code in range(32)}
 _MAX_LENGTH = 128
 
 
-def check_name(name: str, taken: Collection[str]) -> None:
+class Names(Protocol):
+    """Names that can be looked up without walking them, such as the keys of a ``ModuleDict``."""
+
+    def __contains__(self, key: str, /) -> bool: ...
+
+    def __iter__(self) -> Iterator[str]: ...
+
+
+def check_name(name: str, taken: Names) -> None:
     """Refuse names that cannot be part of a parameter name or a file path, or are taken.
 
     Raises:
@@ -37,7 +46,7 @@ def check_name(name: str, taken: Collection[str]) -> None:
         )
 
 
-def check_known(name: str, known: Collection[str]) -> None:
+def check_known(name: str, known: Names) -> None:
     """Refuse a name that no adapter has.
 
     Raises:
@@ -49,7 +58,7 @@ def check_known(name: str, known: Collection[str]) -> None:
         )
 
 
-def one_adapter(known: Collection[str], active: Sequence[str], name: str | None) -> str:
+def one_adapter(known: Names, active: Sequence[str], name: str | None) -> str:
     """The adapter asked for, or the one that is active.
 
     Raises:

@@ -252,9 +252,9 @@ class AdapterStore:
             return found, lock, self._deletions
 
     def _read(self, name: str, path: Path) -> Packed:
+        if not path.is_dir():
+            raise self._forgotten(name)
         try:
-            if not path.is_dir():
-                raise self._unknown(name)
             packed = self._packer.read(path)
         except VeraFxError:
             self._count_failure(name)
@@ -267,6 +267,11 @@ class AdapterStore:
         with self._lock:
             self.counts.loads += 1
         return packed
+
+    def _forgotten(self, name: str) -> AdapterError:
+        with self._lock:
+            self._loading.pop(name, None)
+        return self._unknown(name)
 
     def _count_failure(self, name: str) -> None:
         with self._lock:
