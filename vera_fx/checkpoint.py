@@ -9,28 +9,32 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vera_fx.adapt import adapt_with, check_adaptable
 from vera_fx.adapted import is_adapted
 from vera_fx.adapter import Adapter, TrainedBias
+from vera_fx.adapter_files import (
+    HASH,
+    KEY_PREFIX,
+    PROJECTIONS,
+    WEIGHTS_FILE,
+    check_state,
+    is_stray,
+    read_weights,
+)
 from vera_fx.bank import AdapterBank, bank_of
 from vera_fx.build import Blueprint, blueprint, build_adapter, draw, install
 from vera_fx.config import VeraConfig
-from vera_fx.errors import CheckpointError, TargetError, listing
+from vera_fx.errors import CheckpointError, TargetError
 from vera_fx.files import moved_into
 from vera_fx.names import check_known, check_name
 from vera_fx.peft_config import CONFIG_FILE, read_json, to_json
 from vera_fx.projections import Projections
 from vera_fx.runtime import require_adapted
 from vera_fx.targets import resolve_targets
-
-WEIGHTS_FILE = "adapter_model.safetensors"
-HASH = "vera_fx.projections_sha256"
-KEY_PREFIX = "base_model.model."
-PROJECTIONS = ("base_model.vera_A", "base_model.vera_B")
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -96,39 +100,6 @@ def _fill(adapter: Adapter, state: Mapping[str, Tensor], *, source: str) -> None
     with torch.no_grad():
         for key, tensor in expected.items():
             tensor.copy_(state[key])
-
-
-def check_state(
-    expected: Mapping[str, torch.Size], state: Mapping[str, Tensor], *, source: str
-) -> None:
-    """Refuse a state whose keys or sizes are not those of an adapter.
-
-    Raises:
-        CheckpointError: a tensor is missing, unknown or of another shape.
-    """
-    missing = [key for key in expected if key not in state]
-    unknown = [k for k in state if k not in expected and k not in PROJECTIONS and not _is_stray(k)]
-    if missing or unknown:
-        raise CheckpointError(
-            f"{source} does not fit this model and configuration:"
-            + (f"\n  missing: {listing(missing)}" if missing else "")
-            + (f"\n  unknown: {listing(unknown)}" if unknown else "")
-            + "\n  Was it trained on another model, or with other target_modules?"
-        )
-    for key, shape in expected.items():
-        if state[key].shape != shape:
-            raise CheckpointError(
-                f"{source}: {key} has shape {tuple(state[key].shape)}, but this model and "
-                f"configuration need {tuple(shape)}"
-            )
-
-
-def _is_stray(key: str) -> bool:
-    """True for the copies of a saved module's bias that PEFT writes beside it with ``bias="all"``.
-
-    PEFT 0.21.2 collects every key with "bias" in it, its own wrappers' inner names included.
-    """
-    return key.endswith("bias") and (".modules_to_save." in key or ".original_module." in key)
 
 
 def save_adapter(
@@ -247,27 +218,6 @@ def plan_of(model: nn.Module, config: VeraConfig, folder: Path, *, autocast: boo
         ) from error
 
 
-def read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of an adapter's file, mapped into memory, and its metadata.
-
-    Raises:
-        CheckpointError: the file is missing or damaged.
-    """
-    path = folder / WEIGHTS_FILE
-    if not path.is_file():
-        pickled = (
-            " (adapter_model.bin is a pickle, which vera_fx never loads; convert it with PEFT)"
-        )
-        hint = pickled if (folder / "adapter_model.bin").exists() else ""
-        raise CheckpointError(f"there is no {WEIGHTS_FILE} in {folder}{hint}")
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            return state, dict(file.metadata() or {})
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
-
-
 def read_adapter(folder: Path) -> tuple[dict[str, Tensor], str | None]:
     """An adapter's own tensors by their keys, and the hash of its projections if the files tell.
 
@@ -277,7 +227,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, Tensor], str | None]:
     state, metadata = read_weights(folder)
     pair = [state.pop(key) for key in PROJECTIONS if key in state]
     known = projections_hash(Projections(*pair)) if len(pair) == len(PROJECTIONS) else None
-    own = {key: value for key, value in state.items() if not _is_stray(key)}
+    own = {key: value for key, value in state.items() if not is_stray(key)}
     return own, metadata.get(HASH) or known
 
 

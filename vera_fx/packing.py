@@ -10,18 +10,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from vera_fx.adapter_files import HASH, PROJECTIONS, WEIGHTS_FILE, check_state, read_weights
 from vera_fx.bank import bank_of
 from vera_fx.build import Blueprint, build_adapter, draw
-from vera_fx.checkpoint import (
-    HASH,
-    PROJECTIONS,
-    WEIGHTS_FILE,
-    check_state,
-    owned_tensors,
-    plan_of,
-    projections_hash,
-    read_weights,
-)
+from vera_fx.checkpoint import owned_tensors, plan_of, projections_hash
 from vera_fx.config import VeraConfig
 from vera_fx.errors import CheckpointError, listing
 from vera_fx.mixed import mixer_of

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from vera_fx.checkpoint import WEIGHTS_FILE
+from vera_fx.adapter_files import WEIGHTS_FILE
 from vera_fx.errors import AdapterError, CheckpointError, VeraFxError, first_line, listing, nearest
 from vera_fx.mixed import STORE
 from vera_fx.names import check_name
