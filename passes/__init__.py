@@ -28,6 +28,7 @@ from .inline_grad_mode import InlineGradMode
 from .insert_vera import Branch, InsertVera
 from .lower_branch import LowerBranch
 from .merge_weight import MergeWeight
+from .outline_layers import OutlineLayers, is_outlined
 from .redirect_parameters import Redirect, RedirectParameters
 from .row_vectors import RowSource, RowVectors
 from .scale_branch import ScaleBranch
@@ -50,6 +51,7 @@ __all__ = [
     "LowerBranch",
     "MergeWeight",
     "Numerics",
+    "OutlineLayers",
     "PassContractError",
     "PassRecord",
     "PassReport",
@@ -76,6 +78,7 @@ __all__ = [
     "cleanup",
     "find_sites",
     "graph_text",
+    "is_outlined",
     "module_paths",
     "resolve",
     "run_passes",
@@ -100,7 +103,11 @@ class AdaptationPlan:
 
 
 def adaptation(
-    plan: AdaptationPlan, assignment: Assignment, checkpointed: frozenset[str] = frozenset()
+    plan: AdaptationPlan,
+    assignment: Assignment,
+    checkpointed: frozenset[str] = frozenset(),
+    *,
+    outline: int = 0,
 ) -> tuple[GraphPass, ...]:
     """The passes that turn a captured graph into an adapted graph, in order.
 
@@ -108,6 +115,7 @@ def adaptation(
         plan: the active adapters.
         assignment: how each site's branch is computed.
         checkpointed: paths of the layers to recompute in backward.
+        outline: how many equal layers become calls of one function; 0 for never.
     """
     return (
         RedirectParameters(plan.redirects),
@@ -118,4 +126,5 @@ def adaptation(
         MergeWeight(assignment.merged, assignment.dense),
         ScaleBranch(assignment.scaled),
         CheckpointLayers(checkpointed),
+        OutlineLayers(outline),
     )

@@ -55,23 +55,24 @@ def tensor_of(node: Node) -> Tensor:
     return value
 
 
-def owner_path(node: Node) -> str:
-    """Path of the module whose forward made this call; ``""`` for the model itself.
+def module_stack(node: Node) -> list[tuple[str, str]]:
+    """``(key of the call, path)`` of the modules whose forward made this call, outermost first.
 
-    torch.export records the stack of modules in ``meta["nn_module_stack"]`` as
-    ``{key: (path, class)}``, outermost first.
+    torch.export records them in ``meta["nn_module_stack"]`` as ``{key: (path, class)}``.
     """
     stack = cast("dict[str, tuple[str, object]]", node.meta.get("nn_module_stack") or {})
-    return next(reversed(stack.values()))[0] if stack else ""
+    return [(key, path) for key, (path, _) in stack.items()]
+
+
+def owner_path(node: Node) -> str:
+    """Path of the module whose forward made this call; ``""`` for the model itself."""
+    stack = module_stack(node)
+    return stack[-1][1] if stack else ""
 
 
 def module_paths(graph: Graph) -> frozenset[str]:
     """Paths of all modules whose forward ran while ``graph`` was captured."""
-    paths: set[str] = set()
-    for node in graph.nodes:
-        stack = cast("dict[str, tuple[str, object]]", node.meta.get("nn_module_stack") or {})
-        paths.update(path for path, _ in stack.values())
-    return frozenset(paths)
+    return frozenset(path for node in graph.nodes for _, path in module_stack(node))
 
 
 def resolve(root: object, target: str) -> Any:
@@ -193,15 +194,9 @@ def graph_text(gm: GraphModule) -> str:
     (unlike ``gm.code``), so that docstrings can quote it.
     """
     symbols: dict[str, str] = {}
-
-    def number(match: re.Match[str]) -> str:
-        return symbols.setdefault(match[0], f"s{len(symbols)}")
-
-    lines: list[str] = []
-    for node in gm.graph.nodes:
-        head = re.sub(r"\bs\d+\b", number, _type_text(node.meta.get("val")))
-        lines.append(_node_text(node, head))
-    return "\n".join(lines)
+    return "\n".join(
+        _node_text(node, type_text(node.meta.get("val"), symbols)) for node in gm.graph.nodes
+    )
 
 
 def _node_text(node: Node, kind: str) -> str:
@@ -228,7 +223,17 @@ def _operand(arg: object) -> str:
     return str(arg)
 
 
-def _type_text(value: object) -> str:
+def type_text(value: object, symbols: dict[str, str]) -> str:
+    """Dtype and shape, open sizes by the names that ``symbols`` has for them or now gets."""
+    return renamed(_plain_type_text(value), symbols)
+
+
+def renamed(text: str, symbols: dict[str, str]) -> str:
+    """``text`` with open sizes called s0, s1... in order of appearance."""
+    return re.sub(r"\bs\d+\b", lambda m: symbols.setdefault(m[0], f"s{len(symbols)}"), text)
+
+
+def _plain_type_text(value: object) -> str:
     if isinstance(value, Tensor):
         dtype = re.sub(
             r"^float|^bfloat", lambda m: "f" if m[0] == "float" else "bf", str(value.dtype)[6:]

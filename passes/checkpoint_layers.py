@@ -1,16 +1,15 @@
 """Recompute a layer's activations in backward instead of keeping them."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import getitem
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
-from torch import nn
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule
 from torch.utils import checkpoint
 
-from ._graph import META_KEY, Tag, is_call
+from ._graph import Tag, is_call
 from ._protocol import Numerics, PassReport, Rewrite
+from .segments import Outliner, apart, body_nodes, module_runs
+from .shared_nodes import lift, shared_by_layers
 
 _ME = "CheckpointLayers"
 
@@ -86,68 +85,14 @@ class CheckpointLayers:
         """Move the calls of the layers into segments."""
         if any(is_call(node, run_segment) for node in gm.graph.nodes):
             return PassReport(())
-        rewrites = [
-            _outline(gm, nodes, path, number)
-            for number, (path, nodes) in enumerate(self._calls(gm.graph))
-        ]
+        shared = shared_by_layers(gm.graph)
+        nodes = [node for node in body_nodes(gm.graph) if node not in shared]
+        runs = module_runs(nodes, self.layers.__contains__)
+        if runs:
+            lift(shared, nodes[0])
+        outliner = Outliner(gm, "segment", Segment, run_segment)
+        rewrites: list[Rewrite] = []
+        for run in apart(runs):
+            outliner.outline(run, Tag(_ME, run.path))
+            rewrites.append(Rewrite(run.path, f"{len(run.nodes)} nodes recomputed in backward"))
         return PassReport(tuple(rewrites))
-
-    def _calls(self, graph: Graph) -> list[tuple[str, list[Node]]]:
-        """Every call of a layer: its path and a run of nodes without gaps, none in two runs."""
-        body = [n for n in graph.nodes if n.op not in {"placeholder", "get_attr", "output"}]
-        spans: dict[str, tuple[str, int, int]] = {}
-        for index, node in enumerate(body):
-            for key, path in self._stack(node):
-                first = spans.get(key, (path, index, index))[1]
-                spans[key] = (path, first, index)
-        calls: list[tuple[str, list[Node]]] = []
-        free = 0
-        for path, first, last in sorted(spans.values(), key=lambda span: span[1:]):
-            nodes = body[max(first, free) : last + 1]
-            if nodes:
-                calls.append((path, nodes))
-            free = max(free, last + 1)
-        return calls
-
-    def _stack(self, node: Node) -> list[tuple[str, str]]:
-        """The layers that ``node`` runs in; the key tells the calls of one layer apart."""
-        stack = cast("dict[str, tuple[str, object]]", node.meta.get("nn_module_stack") or {})
-        return [(key, path) for key, (path, _) in stack.items() if path in self.layers]
-
-
-def _outline(gm: GraphModule, nodes: Sequence[Node], path: str, number: int) -> Rewrite:
-    inside = set(nodes)
-    inputs = list(dict.fromkeys(n for node in nodes for n in node.all_input_nodes))
-    inputs = [node for node in inputs if node not in inside]
-    results = [node for node in nodes if any(user not in inside for user in node.users)]
-    segment = Segment(_body(nodes, inputs, results), number)
-    name = f"_segment_{number}"
-    gm.__dict__[name] = segment
-    tag = Tag(_ME, path)
-    with gm.graph.inserting_before(nodes[0]):
-        held = gm.graph.create_node("get_attr", name)
-    with gm.graph.inserting_after(nodes[-1]):
-        call = gm.graph.call_function(run_segment, (held, *inputs))
-    call.meta |= {"val": tuple(node.meta.get("val") for node in results), META_KEY: tag}
-    held.meta[META_KEY] = tag
-    last = call
-    for index, node in enumerate(results):
-        with gm.graph.inserting_after(last):
-            last = gm.graph.call_function(getitem, (call, index))
-        last.meta.update(node.meta)
-        node.replace_all_uses_with(last, delete_user_cb=lambda user: user not in inside)
-    for node in reversed(nodes):
-        gm.graph.erase_node(node)
-    return Rewrite(path, f"{len(nodes)} nodes recomputed in backward")
-
-
-def _body(nodes: Sequence[Node], inputs: Sequence[Node], results: Sequence[Node]) -> GraphModule:
-    graph = Graph()
-    copies: dict[Node, Node] = {}
-    for node in inputs:
-        copies[node] = graph.placeholder(node.name)
-        copies[node].meta.update(node.meta)
-    for node in nodes:
-        copies[node] = graph.node_copy(node, lambda n: copies[n])
-    graph.output(tuple(copies[node] for node in results))
-    return GraphModule(nn.Module(), graph)

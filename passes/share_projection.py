@@ -92,7 +92,7 @@ class ShareProjection:
             original = first.setdefault(_key(node), node)
             if original is node:
                 continue
-            if written_between(original, node):
+            if not _reads_slots_only(node) and written_between(original, node):
                 skips.append(Skip(tag.site, f"{node.args[0]} may be changed in place before it"))
                 first[_key(node)] = node
                 continue
@@ -100,6 +100,12 @@ class ShareProjection:
             gm.graph.erase_node(node)
             rewrites.append(Rewrite(tag.site, f"{tag.role} shared with {_site(original)}"))
         return PassReport(tuple(rewrites), tuple(skips))
+
+
+def _reads_slots_only(node: Node) -> bool:
+    """True if nothing but the adapter's own tensors is read, which no captured operator writes to."""
+    made_by_passes = tag_of(node) is not None
+    return made_by_passes and all(_reads_slots_only(source) for source in node.all_input_nodes)
 
 
 def _key(node: Node) -> tuple[Any, ...]:

@@ -1,7 +1,8 @@
 """Debugging knobs, read from the environment in this one place.
 
 ``VERA_FX_DUMP=dir`` writes every graph before and after each pass; ``VERA_FX_VERIFY=1`` checks each
-pass against its report; ``VERA_FX_PASS_LIMIT=n`` stops after n passes.
+pass against its report; ``VERA_FX_PASS_LIMIT=n`` stops after n passes; ``VERA_FX_OUTLINE=n`` makes
+one function of n and more equal layers (0: of none).
 """
 
 import itertools
@@ -32,3 +33,15 @@ def run_options(stage: str) -> RunOptions:
         verify=verify == "1",
         limit=int(limit) if limit is not None else None,
     )
+
+
+def outline_least() -> int:
+    """How many equal layers become calls of one function, which torch.compile compiles once.
+
+    Raises:
+        ConfigError: the knob is no number.
+    """
+    least = os.environ.get("VERA_FX_OUTLINE", "4")
+    if not least.isdecimal():
+        raise ConfigError(f"VERA_FX_OUTLINE must be a number of layers or 0, got {least!r}")
+    return int(least)

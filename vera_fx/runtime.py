@@ -14,16 +14,24 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
-from vera_fx._torch import outside_dynamo
+from vera_fx._torch import outside_dynamo, skip_frame
 from vera_fx.advice import advise
 from vera_fx.bank import AdapterBank, bank_of
 from vera_fx.capture import Capture, capture_call, original_class
-from vera_fx.debug import run_options
+from vera_fx.debug import outline_least, run_options
 from vera_fx.errors import AdapterError, CaptureError, TargetError
 from vera_fx.hooks import EagerHook
 from vera_fx.mixed import Mix, mix_of
 from vera_fx.mixture import held_by
-from vera_fx.passes import AdaptationPlan, Choice, PipelineReport, SiteError, adaptation, run_passes
+from vera_fx.passes import (
+    AdaptationPlan,
+    Choice,
+    PipelineReport,
+    SiteError,
+    adaptation,
+    is_outlined,
+    run_passes,
+)
 from vera_fx.planning import mixed_assignment, mixed_choice, open_sizes, planner, workload
 from vera_fx.regather import mix_again
 from vera_fx.returned import restore
@@ -204,9 +212,11 @@ def _as_target_errors() -> "Iterator[None]":
 def adapt_graph(plan: AdaptationPlan, capture: Capture, choice: Choice) -> Variant:
     """Run the adapting passes on a copy of a captured graph."""
     graph = copy_of(capture.graph)
-    passes = adaptation(plan, choice.assignment, capture.checkpointed)
+    passes = adaptation(plan, choice.assignment, capture.checkpointed, outline=outline_least())
     with _as_target_errors():
         report = run_passes(graph, passes, run_options("adapt"))
+    if is_outlined(graph.graph):
+        skip_frame(type(graph).forward)
     return Variant(graph, report, choice)
 
 

@@ -16,6 +16,7 @@ from vera_fx.passes import (
     InsertVera,
     LowerBranch,
     MergeWeight,
+    OutlineLayers,
     Redirect,
     RedirectParameters,
     RowSource,
@@ -108,6 +109,23 @@ class Masked(nn.Module):
         return nn.functional.scaled_dot_product_attention(rows, rows, rows, x @ x.T > 3)
 
 
+class Sine(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sin()
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Sine(), Sine()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.tanh()
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
 def one_target() -> InsertVera:
     return InsertVera(
         (Target("lin", 3, 5, "out_in", ("lin.weight",)),),
@@ -175,6 +193,7 @@ EXAMPLES: dict[str, Example] = {
     ),
     "LowerBranch": Example(LowerBranch(), half_linear),
     "MergeWeight": Example(MergeWeight(through_z=frozenset({"lin"})), adapted_linear),
+    "OutlineLayers": Example(OutlineLayers(2), lambda: graph_of(Stack(), torch.randn(4, 3))),
     "ScaleBranch": Example(ScaleBranch(frozenset({"lin"})), adapted_linear),
     "ShareProjection": Example(ShareProjection(), adapted_readers),
     "ZeroMaskedRows": Example(ZeroMaskedRows(), lambda: graph_of(Masked(), torch.randn(4, 3))),

@@ -1,0 +1,113 @@
+"""Make one function of equal layers, so that torch.compile compiles each kind of layer once."""
+
+import operator
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+
+from ._graph import Tag, is_call
+from ._protocol import Numerics, PassReport, Rewrite
+from .segments import Outliner, Run, apart, body_nodes, fingerprint, module_runs
+from .shared_nodes import is_numbered, lift, shared_by_layers
+
+_ME = "OutlineLayers"
+
+
+@dataclass(frozen=True, slots=True)
+class OutlineLayers:
+    """Call layers that compute the same as one function; what stands between them becomes others.
+
+    A model of N equal layers is then N calls of one body: a compiler that compiles function by
+    function compiles it once, where the flat graph costs N times as much (PEFT's does, too). The
+    outer graph only calls bodies and must not be compiled itself (`is_outlined`).
+
+    Before::
+
+        %x: f32[s0, s1] = input
+        %tanh: f32[s0, s1] = tanh(%x)
+        %sin: f32[s0, s1] = sin(%tanh)
+        %sin_1: f32[s0, s1] = sin(%sin)
+        return [%sin_1]
+
+    After::
+
+        %x: f32[s0, s1] = input
+        %_body_0 = _body_0
+        %call: tuple = call(%_body_0, %x)
+        %getitem: f32[s0, s1] = getitem(%call, 0)
+        %_body_1 = _body_1
+        %call_1: tuple = call(%_body_1, %getitem)
+        %getitem_1: f32[s0, s1] = getitem(%call_1, 0)
+        %_body_2 = _body_1
+        %call_2: tuple = call(%_body_2, %getitem_1)
+        %getitem_2: f32[s0, s1] = getitem(%call_2, 0)
+        return [%getitem_2]
+
+    Needs: ``nn_module_stack`` on captured nodes; layers whose paths end in a number, as those of
+    ``ModuleList`` and ``Sequential`` do. Runs last: other passes do not look into bodies.
+    Keeps: every value and gradient; parameters stay reads of the outer graph.
+    Skips: nothing; a graph without enough equal layers is left as it is.
+    """
+
+    least: int = 4
+    """How many equal layers make it worth while; 0 for never."""
+
+    numerics: ClassVar[Numerics] = Numerics.BITWISE
+
+    def __call__(self, gm: GraphModule, /) -> PassReport:
+        """Outline the largest equal layers, and everything else between them."""
+        if not self.least or is_outlined(gm.graph):
+            return PassReport(())
+        shared = shared_by_layers(gm.graph)
+        nodes = [node for node in body_nodes(gm.graph) if node not in shared]
+        layers = self._equal_layers(nodes)
+        if not layers:
+            return PassReport(())
+        lift(shared, nodes[0])
+        runs = list(_with_gaps(nodes, layers))
+        outliner = Outliner(gm, "body", lambda body, _: body.forward, operator.call)
+        names = [outliner.outline(run, Tag(_ME, run.path)) for run in runs]
+        return PassReport(
+            tuple(
+                Rewrite(run.path or "between layers", f"{len(run.nodes)} nodes in {name}")
+                for run, name in zip(runs, names, strict=True)
+            )
+        )
+
+    def _equal_layers(self, nodes: Sequence[Node]) -> list[Run]:
+        """The outermost numbered modules of which at least ``least`` calls compute the same."""
+        runs = module_runs(nodes, is_numbered)
+        keys = [fingerprint(run.nodes) for run in runs]
+        counts = Counter(keys)
+        equal = [run for run, key in zip(runs, keys, strict=True) if counts[key] >= self.least]
+        return list(apart(equal))
+
+
+def is_outlined(graph: Graph) -> bool:
+    """True if the graph does nothing but call bodies."""
+    return any(is_call(node, operator.call) for node in graph.nodes)
+
+
+def _with_gaps(nodes: Sequence[Node], layers: Sequence[Run]) -> Iterator[Run]:
+    """The layers, and between them whatever computes tensors, in order."""
+    inside: dict[Node, Run] = {node: run for run in layers for node in run.nodes}
+    gap: list[Node] = []
+    for node in nodes:
+        if node not in inside:
+            gap.append(node)
+            continue
+        yield from _gap(gap)
+        gap = []
+        if node is inside[node].nodes[0]:
+            yield inside[node]
+    yield from _gap(gap)
+
+
+def _gap(nodes: Sequence[Node]) -> Iterator[Run]:
+    values: list[Any] = [node.meta.get("val") for node in nodes]
+    if any(isinstance(value, Tensor) for value in values):
+        yield Run("", tuple(nodes))
