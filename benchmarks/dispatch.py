@@ -35,12 +35,11 @@ def microseconds(layers: int, leaves: int, rounds: int = 2000) -> float:
     args = tuple(torch.randn(4, 8) for _ in range(leaves))
     samples = []
     with torch.no_grad():
-        ready, call = prepare(model, args, {"flag": True})
-        outputs = ready.graph(*call.leaves)
+        prepared = prepare(model, args, {"flag": True})
+        outputs = prepared.graph(*prepared.call.leaves)
         for _ in range(rounds):
             start = time.perf_counter()
-            ready, call = prepare(model, args, {"flag": True})
-            finish(ready, call, outputs)
+            finish(prepare(model, args, {"flag": True}), outputs)
             samples.append(1e6 * (time.perf_counter() - start))
     return statistics.median(samples)
 

@@ -80,6 +80,7 @@ __all__ = [
     "graph_text",
     "is_outlined",
     "module_paths",
+    "outlining",
     "resolve",
     "run_passes",
     "site_groups",
@@ -103,11 +104,7 @@ class AdaptationPlan:
 
 
 def adaptation(
-    plan: AdaptationPlan,
-    assignment: Assignment,
-    checkpointed: frozenset[str] = frozenset(),
-    *,
-    outline: int = 0,
+    plan: AdaptationPlan, assignment: Assignment, checkpointed: frozenset[str] = frozenset()
 ) -> tuple[GraphPass, ...]:
     """The passes that turn a captured graph into an adapted graph, in order.
 
@@ -115,7 +112,6 @@ def adaptation(
         plan: the active adapters.
         assignment: how each site's branch is computed.
         checkpointed: paths of the layers to recompute in backward.
-        outline: how many equal layers become calls of one function; 0 for never.
     """
     return (
         RedirectParameters(plan.redirects),
@@ -126,5 +122,9 @@ def adaptation(
         MergeWeight(assignment.merged, assignment.dense),
         ScaleBranch(assignment.scaled),
         CheckpointLayers(checkpointed),
-        OutlineLayers(outline),
     )
+
+
+def outlining(least: int) -> tuple[GraphPass, ...]:
+    """The pass over an adapted graph for training: at least so many equal layers share a body."""
+    return (OutlineLayers(least),)

@@ -56,6 +56,7 @@ class Workload:
         ranks: rank of each active adapter.
         trains: gradients of the vectors will be taken.
         half: the base computes in half precision, where merging would round the update away.
+        slow_half: the processor multiplies in that precision more slowly than in float32.
         restricted: why no other plan than factored is possible (dropout, autocast), or nothing.
         request: ``"auto"`` or the plan that the user asked for.
     """
@@ -63,6 +64,7 @@ class Workload:
     ranks: tuple[int, ...]
     trains: bool
     half: bool = False
+    slow_half: bool = False
     restricted: str = ""
     request: str = "auto"
 
@@ -142,7 +144,10 @@ def _choice(
             choice.reasons[name] = _reason(costs, tokens, work)
     names = {p: frozenset(n for n, q in plans.items() if q == p) for p in PLANS}
     choice.assignment = Assignment(
-        names["merged"], names["dense"], names["scaled"], exact=work.request == "factored"
+        names["merged"],
+        names["dense"],
+        names["scaled"],
+        exact=work.request == "factored" or (work.slow_half and work.request == "auto"),
     )
     return choice
 
@@ -165,6 +170,8 @@ def _reason(costs: Mapping[str, float], tokens: int, work: Workload) -> str:
         return work.restricted
     if work.request != "auto":
         return "asked for"
+    if work.slow_half:
+        return "products in float32, as this processor multiplies half precision slowly"
     if work.half:
         return "merging would round in the base's half precision"
     if len(work.ranks) != 1:

@@ -102,6 +102,18 @@ def test_adapters_switch_without_recompiling(model: nn.Module, fresh_dynamo) -> 
     assert_close(mixture[1], second[1], factor=10)
 
 
+def test_calls_without_gradients_keep_the_flat_graph(model: nn.Module, fresh_dynamo) -> None:
+    """Calling a compiled body costs more than a token of one layer."""
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model.eval(), fullgraph=True, backend=counter)
+    with torch.no_grad():
+        compiled(**inputs())
+    assert counter.frame_count == 1
+    with torch.no_grad():
+        flat = compiled(**inputs()).logits
+    assert_close(model(**inputs()).logits, flat, factor=10)
+
+
 def test_with_gradient_checkpointing(model: nn.Module, fresh_dynamo) -> None:
     expected = gradients(model, lambda m: m(**inputs()))
     model.gradient_checkpointing_enable()

@@ -25,6 +25,7 @@ from vera_fx.errors import (
     CheckpointError,
     ConfigError,
     ExportError,
+    PartialCaptureWarning,
     TargetError,
     VeraFxError,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "ConfigError",
     "ExportError",
     "ParameterSummary",
+    "PartialCaptureWarning",
     "StoreCounts",
     "TargetError",
     "VeraConfig",

@@ -1,13 +1,14 @@
 """The few private corners of torch 2.13 that the library needs, each behind one name."""
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from types import FunctionType  # noqa: TC003
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 import torch._dynamo
 from torch._C._dynamo.guards import dict_version
-from torch._dynamo.eval_frame import skip_code
+from torch._dynamo.eval_frame import set_eval_frame, skip_code
 from torch.utils import _pytree as pytree
 
 P = ParamSpec("P")
@@ -34,6 +35,26 @@ def skip_frame(fn: Callable[P, R]) -> Callable[P, R]:
     """
     skip_code(cast("FunctionType", fn).__code__)
     return fn
+
+
+def stop_compiling() -> Any:
+    """Let Python run what this thread calls from now on; gives what compiled it until now."""
+    return set_eval_frame(None)
+
+
+def start_compiling(compiler: Any) -> None:
+    """Let ``compiler``, from `stop_compiling`, compile what this thread calls from now on."""
+    set_eval_frame(compiler)
+
+
+@contextlib.contextmanager
+def compiled_by(compiler: Any) -> Iterator[None]:
+    """Inside the block ``compiler`` compiles what this thread calls."""
+    before = set_eval_frame(compiler)
+    try:
+        yield
+    finally:
+        set_eval_frame(before)
 
 
 def stamp(dicts: Iterable[dict[Any, Any]]) -> int:

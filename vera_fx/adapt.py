@@ -14,6 +14,7 @@ from vera_fx.config import VeraConfig
 from vera_fx.errors import AdapterError, ConfigError
 from vera_fx.hf import register_types
 from vera_fx.names import check_name
+from vera_fx.parts import restore_parts
 from vera_fx.runtime import prepare, require_adapted
 from vera_fx.targets import BANK, base_modules, resolve_targets
 
@@ -49,7 +50,7 @@ def adapt(
         ConfigError: ``config`` is no `VeraConfig`.
         TargetError: the targets do not fit the model.
         AdapterError: the model is adapted already, or the name cannot be used.
-        CaptureError: ``example_inputs`` cannot be captured.
+        CaptureError: ``example_inputs`` are no call that could be captured.
         After any of them the model is what it was before.
     """
     check_adaptable(model, config)
@@ -129,9 +130,11 @@ def _capture_example(model: nn.Module, inputs: Sequence[Any] | Mapping[str, Any]
 def capture(model: nn.Module, *args: Any, **kwargs: Any) -> None:
     """Capture and adapt the graph of one signature ahead of its first call.
 
+    A model that cannot be captured whole warns (`PartialCaptureWarning`); the graphs of its parts
+    are captured when they are first called.
+
     Raises:
         AdapterError: the model is not adapted.
-        CaptureError: the call cannot be captured.
         TargetError: a target is used in a way that cannot be adapted.
     """
     require_adapted(model)
@@ -162,6 +165,7 @@ def unload(model: M, *, merge: bool = False, safe: bool = True) -> M:
 
 def _detach(model: nn.Module) -> None:
     unhook(model)
+    restore_parts(model)
     restore_class(model)
     thawed = bank_of(model).thawed
     del model._modules[BANK]

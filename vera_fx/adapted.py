@@ -9,6 +9,7 @@ from vera_fx._torch import skip_frame
 from vera_fx.bank import bank_of
 from vera_fx.capture import original_class, traced_by_others
 from vera_fx.generation import generation_methods
+from vera_fx.python_run import run_in_python
 from vera_fx.runtime import finish, prepare
 
 _classes: dict[type[nn.Module], type[nn.Module]] = {}
@@ -56,8 +57,10 @@ def _forward_for(base: type[nn.Module]) -> Any:
         if traced_by_others():
             # Someone else traces the model: hooks put the branches into the trace.
             return base.forward(self, *args, **kwargs)
-        ready, call = prepare(self, args, kwargs)
-        return finish(ready, call, ready.graph(*call.leaves))
+        prepared = prepare(self, args, kwargs)
+        if prepared is None:
+            return run_in_python(self, base.forward, args, kwargs)
+        return finish(prepared, prepared.graph(*prepared.call.leaves))
 
     forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
     forward.__doc__ = base.forward.__doc__

@@ -95,6 +95,11 @@ class AdapterBank(nn.Module):
             adapter.requires_grad_(name in self.active and adapter.trainable)
         self.bind()
 
+    def adapted_paths(self) -> set[str]:
+        """Paths, aliases included, of every module with vectors or trained copies in some adapter."""
+        copies = {p for name in self.adapters for p in self.adapter(name).copies.by_path}
+        return {path for target in self.targets.values() for path in target.paths} | copies
+
     def computing(self) -> tuple[str, ...]:
         """Names of the adapters whose branches graphs compute now."""
         if not self.enabled:

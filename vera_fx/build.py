@@ -19,6 +19,7 @@ from vera_fx.passes import Target
 from vera_fx.projections import draw_projections
 from vera_fx.targets import base_modules, tensor_paths, weight_of, with_default_targets
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -101,7 +102,7 @@ def build_adapter(model: nn.Module, plan: Blueprint, *, trainable: bool = True) 
 
 def _copy_of(module: nn.Module) -> nn.Module:
     """A copy without the hooks of earlier adapters, which would bring a copy of the bank along."""
-    hooks = [h for m in module.modules() for h in m._forward_hooks.values()]
+    hooks = [h for m in module.modules() for kind in _HOOKS for h in m.__dict__[kind].values()]
     copied = copy.deepcopy(
         module, {id(hook): hook for hook in hooks if isinstance(hook, EagerHook)}
     )
@@ -178,6 +179,8 @@ def _hook(module: nn.Module, hook: EagerHook) -> None:
 def unhook(model: nn.Module) -> None:
     """Take all hooks of the library off the model."""
     for module in model.modules():
-        for key in [k for k, hook in module._forward_hooks.items() if isinstance(hook, EagerHook)]:
-            del module._forward_hooks[key]
-            module._forward_hooks_with_kwargs.pop(key, None)
+        for kind in _HOOKS:
+            hooks = module.__dict__[kind]
+            for key in [key for key, hook in hooks.items() if isinstance(hook, EagerHook)]:
+                del hooks[key]
+                module.__dict__[f"{kind}_with_kwargs"].pop(key, None)

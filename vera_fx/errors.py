@@ -35,6 +35,10 @@ class ExportError(VeraFxError, ValueError):
     """An adapted model that cannot become a program of its own, or a program that does not fit."""
 
 
+class PartialCaptureWarning(UserWarning):
+    """A model, or a part of it, runs in Python because it cannot be captured as one graph."""
+
+
 def nearest(word: str, known: Iterable[str], *, limit: int = 3) -> str:
     """``"; did you mean 'a', 'b'?"`` for the known words closest to ``word``, or nothing."""
     matches = difflib.get_close_matches(word, list(known), n=limit, cutoff=0.5)

@@ -9,7 +9,8 @@ from vera_fx.bank import AdapterBank
 from vera_fx.capture import Capture
 from vera_fx.passes import PipelineReport, Target
 from vera_fx.picture import html_of, svg_of
-from vera_fx.runtime import Variant, require_adapted, runtime_of
+from vera_fx.runtime import require_adapted, runtime_of
+from vera_fx.variants import Variant
 
 _PLAN_PASSES = ("MergeWeight", "ScaleBranch")
 
@@ -53,6 +54,8 @@ class Explanation:
     active: tuple[str, ...]
     targets: tuple[TargetRow, ...]
     graphs: tuple[GraphRow, ...]
+    python: tuple[tuple[str, str], ...] = ()
+    """Paths of modules that run in Python because they cannot be captured whole, and why."""
 
     def __str__(self) -> str:
         return "\n".join(self._lines())
@@ -82,6 +85,7 @@ class Explanation:
         yield f"graphs: {len(self.graphs)}" + (
             "" if self.graphs else " (none captured yet; call the model)"
         )
+        yield from (f"runs in Python: {path or 'the model'}: {why}" for path, why in self.python)
         for number, graph in enumerate(self.graphs):
             yield f"\ngraph {number}, {graph.mode}: {graph.signature}"
             yield f"  {len(graph.sites)} sites adapted: {_count_plans(graph)}"
@@ -128,6 +132,7 @@ def explain(model: nn.Module) -> Explanation:
             for by_plans in capture.variants.values()
             for variant in by_plans.values()
         ),
+        python=tuple(runtime_of(model).parts.reasons.items()),
     )
 
 

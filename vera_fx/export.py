@@ -15,7 +15,7 @@ from vera_fx.adapter import Adapter
 from vera_fx.bank import AdapterBank, bank_of, slot_path
 from vera_fx.capture import Capture
 from vera_fx.checkpoint import KEY_PREFIX, owned_tensors, projections_hash
-from vera_fx.errors import AdapterError, ExportError, listing, nearest
+from vera_fx.errors import AdapterError, CaptureError, ExportError, listing, nearest
 from vera_fx.merging import merged_weights
 from vera_fx.names import one_adapter
 from vera_fx.passes import (
@@ -30,9 +30,10 @@ from vera_fx.program_files import fit_vectors, manifest_of, set_manifest
 from vera_fx.program_module import AUTO, VECTORS, Read, export_module, own
 from vera_fx.program_projections import describe
 from vera_fx.returned import is_stateful
-from vera_fx.runtime import copy_of, prepare, require_adapted
+from vera_fx.runtime import prepare, require_adapted, runtime_of
 from vera_fx.signature import Call
 from vera_fx.targets import base_modules, weight_of
+from vera_fx.variants import copy_of
 
 FORMS = ("merged", "constant", "input")
 
@@ -93,12 +94,15 @@ def export_call(
     name = one_adapter(bank.adapters, bank.active, adapter)
     _check_state(model, bank)
     with _alone(bank, name), torch.no_grad():
-        ready, read = prepare(model, *call)
-        _check_call(read)
-        graph = _graph(bank, bank.adapter(name), ready.capture, form)
+        prepared = prepare(model, *call)
+        if prepared is None:
+            reason = runtime_of(model).parts.reasons.get("", "")
+            raise CaptureError(f"{type(model).__name__} cannot become a program: {reason}")
+        _check_call(prepared.call)
+        graph = _graph(bank, bank.adapter(name), prepared.capture, form)
         run_passes(graph, passes)
-        program, vectors = own(graph, _reads(model, bank, name, form), ready.capture)
-        arguments = {n: v for n, v in read.arguments.items() if _has_tensor(v)}
+        program, vectors = own(graph, _reads(model, bank, name, form), prepared.capture)
+        arguments = {n: v for n, v in prepared.call.arguments.items() if _has_tensor(v)}
         if form == "input":
             arguments[VECTORS] = vectors
         count = sum(map(_has_tensor, call[0]))

@@ -68,8 +68,10 @@ class EncoderEntry:
 
     def _forward(self, signature: inspect.Signature) -> Any:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            ready, call = prepare(self._model, args, kwargs, self._path)
-            return finish(ready, call, ready.graph(*call.leaves))
+            prepared = prepare(self._model, args, kwargs, self._path)
+            if prepared is None:  # not in a mixture any more
+                return self._encoder(*args, **kwargs)
+            return finish(prepared, prepared.graph(*prepared.call.leaves))
 
         forward.__signature__ = signature  # type: ignore[attr-defined]
         return forward

@@ -15,6 +15,7 @@ from vera_fx.capture import is_capturing
 from vera_fx.errors import AdapterError
 from vera_fx.mixture import in_mixture
 from vera_fx.reference import vera_branch
+from vera_fx.weight_watch import enter, leave, unwatched
 
 if TYPE_CHECKING:
     from vera_fx.bank import AdapterBank
@@ -31,6 +32,7 @@ class EagerHook:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         """The adapted output, or None (leave it) while capturing or with nothing to add."""
+        leave(self.path)
         if is_capturing() or not self.bank.computing():
             return None
         if in_mixture(self.bank):
@@ -38,13 +40,22 @@ class EagerHook:
                 f"{self.path!r} was called outside of the model's own forward in a batch that mixes "
                 "adapters; only calls of the model itself can mix them"
             )
-        return self.adapted(module, args, kwargs, output)
+        with unwatched():
+            return self.adapted(module, args, kwargs, output)
 
     def adapted(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         """What the module would return inside an adapted graph."""
         raise NotImplementedError
+
+
+class Entering(EagerHook):
+    """Forward pre-hook of an adapted module: notes that its own forward begins."""
+
+    def __call__(self, _module: nn.Module, _args: Any, _kwargs: Any) -> None:  # type: ignore[override]
+        """Note it; the hooks that adapt the module note the end."""
+        enter(self.path)
 
 
 class EagerBranch(EagerHook):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vera_fx.adapter import Adapter
 from vera_fx.bank import AdapterBank, bank_of
+from vera_fx.hardware import multiplies_well
 from vera_fx.passes import Assignment, Choice, SiteGroup, Workload, choose_plans, site_groups
 from vera_fx.targets import weight_of
 
@@ -85,25 +86,31 @@ def workload(model: nn.Module, training: Mapping[str, bool], *, trains: bool) ->
     bank = bank_of(model)
     adapters = [bank.adapter(name) for name in bank.computing()]
     requests = {adapter.config.plan for adapter in adapters}
+    weight = weight_of(model, next(iter(bank.targets)))
     return Workload(
         ranks=tuple(adapter.config.r for adapter in adapters),
         trains=trains and any(adapter.trainable for adapter in adapters),
-        half=weight_of(model, next(iter(bank.targets))).dtype in _HALF,
+        half=weight.dtype in _HALF,
+        slow_half=weight.dtype in _HALF and not multiplies_well(weight),
         restricted=_restriction(adapters, any(training.get(path) for path in bank.targets)),
         request=requests.pop() if len(requests) == 1 else "auto",
     )
 
 
-def mixed_assignment(bank: AdapterBank) -> Assignment:
+def mixed_assignment(model: nn.Module, bank: AdapterBank) -> Assignment:
     """The plans of a batch that mixes adapters: factored, since no weight can serve all rows."""
     requests = {bank.adapter(name).config.plan for name in bank.adapters}
-    return Assignment(exact=requests == {"factored"})
+    weights = (weight_of(model, path) for path in bank.targets)
+    slow = any(w.dtype in _HALF and not multiplies_well(w) for w in weights)
+    return Assignment(exact=slow or requests == {"factored"})
 
 
-def mixed_choice(graph: torch.fx.GraphModule, bank: AdapterBank) -> Choice:
+def mixed_choice(model: nn.Module, graph: torch.fx.GraphModule, bank: AdapterBank) -> Choice:
     """`mixed_assignment` with the reason for every site of a captured graph."""
     sites = [name for group in planner(graph, bank).groups for name, _ in group.sites]
-    return Choice(mixed_assignment(bank), dict.fromkeys(sites, "rows have adapters of their own"))
+    return Choice(
+        mixed_assignment(model, bank), dict.fromkeys(sites, "rows have adapters of their own")
+    )
 
 
 def _restriction(adapters: Sequence[Adapter], train_mode: bool) -> str:

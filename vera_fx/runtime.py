@@ -5,43 +5,38 @@ that `prepare` returns, one code object per signature, so that signatures never 
 compile cache.
 """
 
-import contextlib
 import threading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph, GraphModule
+from torch.fx import GraphModule
 
-from vera_fx._torch import outside_dynamo, skip_frame
+from vera_fx._torch import outside_dynamo
 from vera_fx.advice import advise
 from vera_fx.bank import AdapterBank, bank_of
 from vera_fx.capture import Capture, capture_call, original_class
-from vera_fx.debug import outline_least, run_options
-from vera_fx.errors import AdapterError, CaptureError, TargetError
+from vera_fx.errors import AdapterError, CaptureError, first_line
 from vera_fx.hooks import EagerHook
 from vera_fx.mixed import Mix, mix_of
 from vera_fx.mixture import held_by
-from vera_fx.passes import (
-    AdaptationPlan,
-    Choice,
-    PipelineReport,
-    SiteError,
-    adaptation,
-    is_outlined,
-    run_passes,
-)
+from vera_fx.parts import Parts, split
+from vera_fx.passes import Choice
 from vera_fx.planning import mixed_assignment, mixed_choice, open_sizes, planner, workload
 from vera_fx.regather import mix_again
 from vera_fx.returned import restore
 from vera_fx.rows import row_names, rows_among
 from vera_fx.signature import Call, CallReader
 from vera_fx.targets import BANK
+from vera_fx.variants import Variant, adapt_graph, as_target_errors
 from vera_fx.watch import StateWatch
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator
+
+
+_UNKNOWN: Any = object()
 
 
 @dataclass(slots=True)
@@ -53,12 +48,12 @@ class Ready:
 
 
 @dataclass(slots=True)
-class Variant:
-    """One capture adapted for one structure of the bank, with one assignment of plans."""
+class Prepared:
+    """A call, taken apart, and what it is to run."""
 
     graph: GraphModule
-    report: PipelineReport
-    choice: Choice
+    capture: Capture
+    call: Call
 
 
 class Runtime:
@@ -67,18 +62,20 @@ class Runtime:
     Attributes:
         captures: the captures of each signature, newest last.
         entries: runtimes for calls of parts of the model, by path.
+        parts: what of the model runs in Python; the same for all entries.
     """
 
     memo_limit = 4096
 
-    def __init__(self, model: nn.Module, entry: str = "") -> None:
+    def __init__(self, model: nn.Module, entry: str = "", parts: Parts | None = None) -> None:
         self.reader = CallReader(_entry_forward(model, entry)[0])
         self._forward = _entry_forward(model, entry)[1]
+        self._entry, self.parts = entry, parts or Parts()
         modules = [m for path, m in model.named_modules() if not path.startswith(BANK)]
         self.watch = StateWatch(modules, EagerHook)
         self.entries: dict[str, Runtime] = {}
         self.captures: dict[tuple[Any, ...], list[Capture]] = {}
-        self._memo: dict[Hashable, Ready] = {}
+        self._memo: dict[Hashable, Ready | None] = {}
         self._lock = threading.RLock()
 
     def all_captures(self) -> "Iterator[Capture]":
@@ -95,8 +92,8 @@ class Runtime:
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()
 
-    def ready(self, model: nn.Module, call: Call, mix: Mix | None = None) -> Ready:
-        """The graph for ``call``, captured and adapted if it is new.
+    def ready(self, model: nn.Module, call: Call, mix: Mix | None = None) -> Ready | None:
+        """The graph for ``call``, captured and adapted if it is new; None if it runs in Python.
 
         Args:
             model: the adapted model.
@@ -104,13 +101,13 @@ class Runtime:
             mix: the adapters of its rows; None for the active adapters.
 
         Raises:
-            CaptureError: the call cannot be captured.
+            CaptureError: a mixture's call cannot be captured.
             TargetError: a target is used in a way that cannot be adapted.
         """
         structure = (mix.structure, mix.dropout) if mix else bank_of(model).structure
         key = (call.key, self.watch.state(), structure, _ambient(), torch.is_grad_enabled())
-        found = self._memo.get(key)
-        if found is None:
+        found = self._memo.get(key, _UNKNOWN)
+        if found is _UNKNOWN:
             with self._lock:
                 found = self._resolve(model, call, mix)
                 if len(self._memo) >= self.memo_limit:
@@ -119,12 +116,26 @@ class Runtime:
                 self._memo[call.key, self.watch.state(), *key[2:]] = found
         return found
 
-    def _resolve(self, model: nn.Module, call: Call, mix: Mix | None) -> Ready:
+    def read(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+        """The call, taken apart; None if something in it cannot be passed to a graph."""
+        try:
+            return self.reader.read(args, kwargs)
+        except CaptureError as error:
+            split(model, self.parts, self._entry, first_line(error))
+            return None
+
+    def _resolve(self, model: nn.Module, call: Call, mix: Mix | None) -> Ready | None:
         signature = (call.structure(), self.watch.state(), _ambient())
         for capture in reversed(self.captures.get(signature, [])):
             if capture.guards.admit(call.leaves):
                 return self._adapted(model, capture, call, mix)
-        capture = capture_call(model, self._forward, self.reader, call)
+        try:
+            capture = capture_call(model, self._forward, self.reader, call)
+        except CaptureError as error:
+            if mix is not None:
+                raise
+            split(model, self.parts, self._entry, first_line(error))
+            return None
         if not capture.guards.admit(call.leaves):
             raise CaptureError(
                 f"the graph captured from this call of {type(model).__name__} does not admit the "
@@ -150,7 +161,7 @@ class Runtime:
         if variant is None:
             plan = bank.plan(lambda path: capture.training.get(path, False))
             variant = variants[choice.assignment] = adapt_graph(plan, capture, choice)
-        return Ready(variant.graph, capture)
+        return Ready(variant.for_call(), capture)
 
 
 def _entry_forward(model: nn.Module, entry: str) -> tuple[Any, Any]:
@@ -172,10 +183,10 @@ def _mixed(model: nn.Module, capture: Capture, call: Call, mix: Mix) -> Variant:
         _refuse_dropout(capture, bank)
     batched = rows_among(capture.values, call.leaves, mix.rows)
     variants = capture.variants.setdefault((mix.structure, batched), {})
-    assignment = mixed_assignment(bank)
+    assignment = mixed_assignment(model, bank)
     if assignment not in variants:
-        with _as_target_errors():
-            choice = mixed_choice(capture.graph, bank)
+        with as_target_errors():
+            choice = mixed_choice(model, capture.graph, bank)
         variants[assignment] = adapt_graph(mix.plan(batched), capture, choice)
     return variants[assignment]
 
@@ -193,43 +204,11 @@ def _choose(model: nn.Module, capture: Capture, call: Call, known: list[Any]) ->
     """The plans for the call's sizes; those of a graph that exists if they are good enough."""
     bank = bank_of(model)
     if bank.structure not in capture.planners:
-        with _as_target_errors():
+        with as_target_errors():
             capture.planners[bank.structure] = planner(capture.graph, bank)
     sizes = open_sizes(capture.values, call.leaves)
     work = workload(model, capture.training, trains=torch.is_grad_enabled())
     return capture.planners[bank.structure].choose(sizes, work, known)
-
-
-@contextlib.contextmanager
-def _as_target_errors() -> "Iterator[None]":
-    """What passes say of a site, as the error that users know."""
-    try:
-        yield
-    except SiteError as error:
-        raise TargetError(str(error)) from error
-
-
-def adapt_graph(plan: AdaptationPlan, capture: Capture, choice: Choice) -> Variant:
-    """Run the adapting passes on a copy of a captured graph."""
-    graph = copy_of(capture.graph)
-    passes = adaptation(plan, choice.assignment, capture.checkpointed, outline=outline_least())
-    with _as_target_errors():
-        report = run_passes(graph, passes, run_options("adapt"))
-    if is_outlined(graph.graph):
-        skip_frame(type(graph).forward)
-    return Variant(graph, report, choice)
-
-
-def copy_of(bound: GraphModule) -> GraphModule:
-    """A second graph over the same live model."""
-    copy = GraphModule(nn.Module(), Graph())
-    copy.__dict__.update({k: v for k, v in bound.__dict__.items() if k != "_graph"})
-    graph = Graph()
-    output = graph.graph_copy(bound.graph, {}, return_output_node=True)
-    value, old = cast("tuple[Any, Any]", output)
-    graph.output(value).meta.update(old.meta)
-    copy.graph = graph
-    return copy
 
 
 def require_adapted(model: nn.Module) -> AdapterBank:
@@ -268,8 +247,8 @@ def _ambient() -> "Hashable":
 @outside_dynamo
 def prepare(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], entry: str = ""
-) -> tuple[Ready, Call]:
-    """Take the call apart and find its graph.
+) -> Prepared | None:
+    """Take the call apart and find its graph; None if its forward is to run in Python.
 
     Args:
         model: the adapted model.
@@ -280,16 +259,26 @@ def prepare(
     runtime = runtime_of(model)
     if entry:
         runtime = runtime.entries.get(entry) or runtime.entries.setdefault(
-            entry, Runtime(model, entry)
+            entry, Runtime(model, entry, runtime.parts)
         )
     names = kwargs.pop("adapter_names", None)
-    call = runtime.reader.read(args, kwargs)
+    call = runtime.read(model, args, kwargs)
+    if call is None:
+        _refuse_names(model, names)
+        return None
     mix = _mix_for(model, call, names)
-    if mix is None:
-        return runtime.ready(model, call), call
     ready = runtime.ready(model, call, mix)
-    call.leaves += mix.tensors
-    return ready, call
+    if mix is not None:
+        call.leaves += mix.tensors
+    return None if ready is None else Prepared(ready.graph, ready.capture, call)
+
+
+def _refuse_names(model: nn.Module, names: Any) -> None:
+    if names is not None or held_by(bank_of(model)) is not None:
+        raise CaptureError(
+            "adapter_names needs the call as one graph, and an argument is neither a tensor nor a "
+            "constant nor a tree of them; call the model once per adapter (set_adapter)"
+        )
 
 
 def _mix_for(model: nn.Module, call: Call, names: Any) -> Mix | None:
@@ -301,8 +290,8 @@ def _mix_for(model: nn.Module, call: Call, names: Any) -> Mix | None:
 
 
 @outside_dynamo
-def finish(ready: Ready, call: Call, outputs: list[Tensor]) -> Any:
+def finish(prepared: Prepared, outputs: list[Tensor]) -> Any:
     """Rebuild the result of a call from the graph's flat outputs."""
-    names = ready.capture.stateful
-    objects = {name: call.arguments[name] for name in names} if names else None
-    return restore(list(outputs), ready.capture.out_spec, objects)
+    names = prepared.capture.stateful
+    objects = {name: prepared.call.arguments[name] for name in names} if names else None
+    return restore(list(outputs), prepared.capture.out_spec, objects)
