@@ -58,8 +58,15 @@ class InsertedBranch:
 
     @property
     def is_mixed(self) -> bool:
-        """True if branch and base compute in different dtypes."""
+        """True if the branch's products and the base's are in different dtypes."""
         return tensor_of(self.z).dtype != tensor_of(self.total).dtype
+
+    @property
+    def output(self) -> Node:
+        """The sum with this branch: ``add``, or the cast back to the base's dtype behind it."""
+        users = list(self.add.users)
+        tag = tag_of(users[0]) if len(users) == 1 else None
+        return users[0] if tag is not None and tag.role == "cast_out" else self.add
 
 
 def inserted_branches(gm: GraphModule) -> Iterator[InsertedBranch]:

@@ -143,12 +143,8 @@ def _choice(
             choice.base_cost += _base_cost(tokens, target, trains=work.trains)
             choice.reasons[name] = _reason(costs, tokens, work)
     names = {p: frozenset(n for n, q in plans.items() if q == p) for p in PLANS}
-    choice.assignment = Assignment(
-        names["merged"],
-        names["dense"],
-        names["scaled"],
-        exact=work.request == "factored" or (work.slow_half and work.request == "auto"),
-    )
+    exact = work.request == "factored" or (work.slow_half and work.request == "auto")
+    choice.assignment = Assignment(names["merged"], names["dense"], names["scaled"], exact=exact)
     return choice
 
 

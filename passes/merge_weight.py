@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch.fx import GraphModule, Node
 
-from ._graph import Tag, emit, replace_uses, tag_of
+from ._graph import Tag, emit, replace_uses
 from ._protocol import Numerics, PassReport, Rewrite, Skip
 from .branches import InsertedBranch, erase_unused, inserted_branches
 from .functions import merged_linear
@@ -105,15 +105,8 @@ def _merge(gm: GraphModule, branch: InsertedBranch, *, through_z: bool) -> None:
         z: Node | None = branch.z if through_z else None
         operands = (x, z, weight, bias, branch.A, branch.B, branch.d, branch.b)
         merged = emit(gm, merged_linear, operands, like=base, tag=tag)
-    last = _after_cast(branch.add)
+    last = branch.output
     replace_uses(last, merged)
     erase_unused(gm, last)
     if not base.users:
         gm.graph.erase_node(base)
-
-
-def _after_cast(add: Node) -> Node:
-    """The site's output: ``add``, or the cast back to the base's dtype behind it."""
-    users = list(add.users)
-    tag = tag_of(users[0]) if len(users) == 1 else None
-    return users[0] if tag is not None and tag.role == "cast_out" else add

@@ -21,7 +21,9 @@ class ScaleBranch:
 
     ``E (O, R)`` does not depend on the tokens. Scaling it saves two passes over (T, O) and one
     over (T, R), which counts in eager mode and where T is much larger than R. In training it
-    keeps only ``z``, but pays one more product (``G.T @ z``) for the vectors' gradients.
+    keeps only ``z``, but pays one more product (``G.T @ z``) for the vectors' gradients. Over a
+    half-precision base E is made in float32 and rounded once, where the factored branch rounds
+    ``d * z`` and ``u`` instead.
 
     Before::
 
@@ -64,7 +66,7 @@ class ScaleBranch:
 
     Needs: branches inserted by `InsertVera`.
     Keeps: values and gradients to rounding.
-    Skips: a branch that computes in another dtype than its base.
+    Skips: a branch whose products are in another dtype than its base's.
     """
 
     numerics: ClassVar[Numerics] = Numerics.ROUNDING
@@ -78,7 +80,9 @@ class ScaleBranch:
             if branch.site not in self.sites:
                 continue
             if branch.is_mixed:
-                skips.append(Skip(branch.site, "branch and base compute in different dtypes"))
+                skips.append(
+                    Skip(branch.site, "the products of branch and base are in different dtypes")
+                )
                 continue
             _scale(gm, branch)
             rewrites.append(Rewrite(branch.site, "branch added by one scaled product"))
@@ -95,8 +99,10 @@ def _scale(gm: GraphModule, branch: InsertedBranch) -> None:
         column = put(aten.unsqueeze.default, branch.b, 1, role="b_column")
         rows = put(aten.mul.Tensor, branch.B, column, role="b_rows")
         E_OR = put(aten.mul.Tensor, rows, branch.d, role="E")
-        E_RO = put(aten.t.default, E_OR, role="E_t")
         total, z = branch.total, branch.z
+        if tensor_of(E_OR).dtype != tensor_of(z).dtype:
+            E_OR = put(aten.to.dtype, E_OR, tensor_of(z).dtype, role="E_half")
+        E_RO = put(aten.t.default, E_OR, role="E_t")
         if not flat:
             total = put(
                 aten.reshape.default, total, [-1, tensor_of(total).shape[-1]], role="flat_y"
@@ -105,5 +111,6 @@ def _scale(gm: GraphModule, branch: InsertedBranch) -> None:
         scaled = put(aten.addmm.default, total, z, E_RO, role="scaled")
         if not flat:
             scaled = put(aten.view_as.default, scaled, branch.total, role="unflat")
-    replace_uses(branch.add, scaled)
-    erase_unused(gm, branch.add)
+    last = branch.output
+    replace_uses(last, scaled)
+    erase_unused(gm, last)

@@ -1,0 +1,150 @@
+"""Errors of half-precision bases against float64: every plan beside PEFT's own arithmetic.
+
+python -m benchmarks.accuracy
+"""
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+from unittest import mock
+
+import peft
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import vera_fx
+from vera_fx import planning
+
+console = Console(width=120)
+PLANS = ("auto", "scaled", "merged")
+
+
+def model_and_call(name: str, width: int, seed: int) -> tuple[nn.Module, dict[str, Any]]:
+    """A whole model with its own loss, and the call that is measured."""
+    from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaForMaskedLM
+
+    torch.manual_seed(seed)
+    shape: dict[str, Any] = {
+        "hidden_size": width, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 500
+    }  # fmt: skip
+    ids = torch.randint(3, 500, (8, 24))
+    if name == "llama":
+        config = LlamaConfig(**shape, intermediate_size=2 * width, use_cache=False)
+        return LlamaForCausalLM(config), {"input_ids": ids, "labels": ids}
+    config = RobertaConfig(
+        **shape,
+        intermediate_size=4 * width,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        max_position_embeddings=64,
+    )
+    return RobertaForMaskedLM(config), {"input_ids": ids, "labels": ids}
+
+
+def gradients(model: Any, call: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits, and the gradient of every vector by its target and name, in float64."""
+    result = model(**call)
+    found = {n: p for n, p in model.named_parameters() if "vera_lambda" in n and p.requires_grad}
+    values = torch.autograd.grad(result.loss, list(found.values()))
+    names = [name.replace(".default", "").replace("default.", "") for name in found]
+    names = [
+        n.replace("vera.adapters.vectors.", "").replace("base_model.model.", "") for n in names
+    ]
+    return result.logits.double(), {n: g.double() for n, g in zip(names, values, strict=True)}
+
+
+def fill(model: nn.Module) -> nn.Module:
+    """The same non-trivial vectors whatever the method: as after some training."""
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "vera_lambda" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def errors(
+    name: str, dtype: torch.dtype, *, width: int, r: int, seed: int
+) -> dict[str, tuple[float, float]]:
+    """For each method, the relative errors of logits and of all vectors' gradients together."""
+    base, call = model_and_call(name, width, seed)
+    base = base.to(dtype)
+    adapted: dict[str, Any] = {
+        "peft": peft.get_peft_model(
+            copy.deepcopy(base), peft.VeraConfig(r=r, target_modules="all-linear")
+        )
+    }
+    for plan in PLANS:
+        config = vera_fx.VeraConfig(r=r, target_modules="all-linear", plan=plan)
+        adapted[plan] = vera_fx.adapt(copy.deepcopy(base), config)
+    oracle = copy.deepcopy(fill(adapted["auto"])).double()
+    exact, exact_gradients = gradients(oracle, call)
+    found: dict[str, tuple[float, float]] = {}
+    for method, model in adapted.items():
+        fill(model)
+        if method == "peft":  # other parameters' order: by name
+            _copy_vectors(adapted["auto"], model)
+        logits, values = gradients(model, call)
+        wrong = torch.cat([(values[n] - g).flatten() for n, g in exact_gradients.items()])
+        whole = torch.cat([g.flatten() for g in exact_gradients.values()])
+        found[method] = (_share(logits - exact, exact), _share(wrong, whole))
+    return found
+
+
+def _copy_vectors(source: nn.Module, target: nn.Module) -> None:
+    bank: Any = source.vera
+    values = bank.adapter("default").vectors.by_path
+    for name, parameter in target.named_parameters():
+        if "vera_lambda" in name:
+            path, kind = (
+                name.removeprefix("base_model.model.").removesuffix(".default").rsplit(".", 1)
+            )
+            parameter.data.copy_(getattr(values[path], kind))
+
+
+def _mean(errors: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Root mean square over the seeds."""
+    squares = torch.tensor(errors, dtype=torch.float64).square().mean(0).sqrt()
+    return float(squares[0]), float(squares[1])
+
+
+def _share(error: Tensor, of: Tensor) -> float:
+    return float(error.detach().norm() / of.detach().norm())
+
+
+def main(
+    width: Annotated[int, typer.Option(min=16)] = 128,
+    r: Annotated[int, typer.Option(min=1)] = 64,
+    seeds: Annotated[int, typer.Option(min=1)] = 5,
+    output: Annotated[Path, typer.Option()] = Path("out/bench_accuracy.json"),
+) -> None:
+    """Compare with a float64 copy of the same rounded model."""
+    table = Table(
+        "model", "dtype", "method", "logits / peft's", "gradients / peft's", "(peft's own)"
+    )
+    results: dict[str, Any] = {}
+    # On a processor without half-precision instructions "auto" would be PEFT's arithmetic.
+    with mock.patch.object(planning, "multiplies_well", return_value=True):
+        for name in ("roberta", "llama"):
+            for dtype in (torch.bfloat16, torch.float16):
+                runs = [errors(name, dtype, width=width, r=r, seed=s) for s in range(seeds)]
+                found = {method: _mean([run[method] for run in runs]) for method in runs[0]}
+                kind = str(dtype).removeprefix("torch.")
+                results[f"{name} {kind}"] = found
+                logits, values = found["peft"]
+                for method in PLANS:
+                    a, b = found[method]
+                    own = f"{logits:.1e}, {values:.1e}"
+                    table.add_row(name, kind, method, f"{a / logits:.2f}", f"{b / values:.2f}", own)
+    console.print(table)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(results, indent=2) + "\n")
+    console.print(f"written to {output}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
