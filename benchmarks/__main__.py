@@ -27,6 +27,12 @@ def overhead(timings: dict[str, Timing], name: str) -> float:
     return (timings[name].median - floor) / (timings["peft"].median - floor)
 
 
+def limit(timings: dict[str, Timing], name: str) -> float:
+    """The same share if a step took no longer than its products: the hardware's limit."""
+    floor = timings["floor"].limit
+    return (timings[name].limit - floor) / (timings["peft"].limit - floor)
+
+
 def show(case: Case, timings: dict[str, Timing]) -> None:
     """Print one case's table."""
     columns = (
@@ -34,7 +40,8 @@ def show(case: Case, timings: dict[str, Timing]) -> None:
         "ms (quartiles)",
         "/ floor",
         "/ peft",
-        "overhead / peft's",
+        "overhead / peft's (of products alone)",
+        "products ms",
         "kept MiB",
         "first step s",
     )
@@ -50,7 +57,10 @@ def show(case: Case, timings: dict[str, Timing]) -> None:
             f"{t.median:.0f} ({t.low:.0f}-{t.high:.0f})",
             f"{t.median / floor:.2f}",
             f"{t.median / peft:.2f}",
-            f"{overhead(timings, name):.2f}" if name != "floor" else "",
+            f"{overhead(timings, name):.2f} ({limit(timings, name):.2f})"
+            if name != "floor"
+            else "",
+            f"{t.limit:.0f}",
             f"{t.kept:.0f}",
             f"{t.first:.1f}",
         )
@@ -78,7 +88,8 @@ def main(
             fields = {
                 k: str(v) if isinstance(v, torch.dtype) else v for k, v in asdict(case).items()
             }
-            shares = {n: overhead(timings, n) for n in timings if n != "floor"}
+            others = [name for name in timings if name != "floor"]
+            shares = {n: [overhead(timings, n), limit(timings, n)] for n in others}
             results.append(
                 {
                     "case": fields,

@@ -1,5 +1,6 @@
 """Interleaved timing, bytes kept for backward, and time of the first compiled step."""
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -8,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.cases import Case, build, inputs
 from benchmarks.systems import System, make
@@ -15,14 +17,23 @@ from benchmarks.systems import System, make
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one method: median and quartiles over the rounds; seconds of the first step."""
+    """One method on one case.
+
+    Attributes:
+        median: milliseconds of a step over the rounds.
+        low: the lower quartile.
+        high: the upper quartile.
+        first: seconds of the first step, capture and compilation included, with empty caches.
+        kept: MiB of tensors that autograd keeps between forward and backward, parameters left out.
+        limit: milliseconds that the matrix products of a step take at the rate of a single large one.
+    """
 
     median: float
     low: float
     high: float
     first: float
     kept: float
-    """MiB of tensors that autograd keeps between forward and backward, parameters left out."""
+    limit: float
 
 
 @dataclass
@@ -69,12 +80,24 @@ def measure(case: Case, names: Sequence[str], rounds: int) -> dict[str, Timing]:
     for _ in range(rounds):
         for system in systems:
             samples[system.name].append(_timed(system, arguments))
+    rate = gemm_rate(case.dtype)
     return {
         system.name: Timing(
-            *_quartiles(samples[system.name]), first[system.name], kept_bytes(system, arguments)
+            *_quartiles(samples[system.name]),
+            first[system.name],
+            kept_bytes(system, arguments),
+            products(system, arguments) / rate / 1e6,
         )
         for system in systems
     }
+
+
+def products(system: System, arguments: dict[str, Any]) -> float:
+    """Floating-point operations in the matrix products of one step, counted eagerly."""
+    eager = dataclasses.replace(system, model=getattr(system.model, "_orig_mod", system.model))
+    with FlopCounterMode(display=False) as counter:
+        eager.step(arguments)
+    return counter.get_total_flops()
 
 
 def _timed(system: System, arguments: dict[str, Any]) -> float:

@@ -1,0 +1,123 @@
+"""Peak memory of training steps: each method in a process of its own, read off the kernel.
+
+python -m benchmarks.memory
+"""
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.cases import QV, Case, build, inputs
+from benchmarks.systems import make
+
+console = Console(width=120)
+NAMES = ("floor", "peft", "lora r=8", "ours")
+CASES = (
+    Case("roberta q,v r=1024", "roberta", QV["roberta"], 1024, 2, 16, 128),
+    Case("roberta q,v r=256", "roberta", QV["roberta"], 256, 2, 16, 128),
+    Case("llama all r=256", "llama", "all-linear", 256, 2, 16, 128),
+)
+
+
+def status(key: str) -> float:
+    """A line of ``/proc/self/status`` in MiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key))
+
+
+def peak(name: str, case: Case) -> dict[str, float]:
+    """MiB that a training step takes beyond what the model, the adapter and AdamW hold."""
+    system = make(name, build(case), case)
+    arguments = inputs(case)
+    optimizer = torch.optim.AdamW(system.trained, lr=1e-4) if system.trained else None
+
+    def step() -> None:
+        gradients: dict[Any, Any] = {}
+        hooks = [p.register_post_accumulate_grad_hook(_keep(gradients)) for p in system.trained]
+        system.step(arguments)
+        for hook in hooks:
+            hook.remove()
+        if optimizer is not None:
+            for parameter, gradient in gradients.items():
+                parameter.grad = gradient
+            optimizer.step()
+            optimizer.zero_grad()
+
+    for _ in range(3):
+        step()
+    ctypes.CDLL(None).malloc_trim(0)
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # begins the high-water mark anew
+    step()
+    return {"step": status("VmHWM") - before, "resident": before}
+
+
+def _keep(gradients: dict[Any, Any]) -> Any:
+    def keep(parameter: torch.Tensor) -> None:
+        gradients[parameter] = parameter.grad
+
+    return keep
+
+
+def measured(name: str, case: Case) -> dict[str, float]:
+    """`peak` in a process of its own, which gives freed memory back to the kernel at once."""
+    values = {**asdict(case), "dtype": str(case.dtype).removeprefix("torch.")}
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.memory", "--one", name, json.dumps(values)],
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main(
+    tokens: Annotated[list[int], typer.Option(help="tokens per step")] = [2048, 8192],  # noqa: B006
+    layers: Annotated[int, typer.Option(min=1)] = 2,
+    only: Annotated[str, typer.Option(help="run the cases whose name contains this")] = "",
+    output: Annotated[Path, typer.Option()] = Path("out/bench_memory.json"),
+) -> None:
+    """Peak memory of compiled training steps with AdamW, above what is resident between steps."""
+    columns = ("case", "tokens", *NAMES, "ours beyond floor / peft's", "ours / lora")
+    table, results = Table(*columns, title="MiB of a step"), []
+    for case in CASES:
+        for count in tokens if only in case.name else ():
+            sized = replace(case, layers=layers, batch=count // case.length)
+            found = {name: measured(name, sized) for name in NAMES}
+            step = {name: values["step"] for name, values in found.items()}
+            share = (step["ours"] - step["floor"]) / (step["peft"] - step["floor"])
+            ratio = step["ours"] / step["lora r=8"]
+            table.add_row(
+                case.name,
+                str(count),
+                *(f"{step[name]:.0f}" for name in NAMES),
+                f"{share:.2f}",
+                f"{ratio:.2f}",
+            )
+            results.append({"case": case.name, "tokens": count, "layers": layers, "mib": found})
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_text(json.dumps(results, indent=2) + "\n")
+    console.print(table)
+    console.print(f"written to {output}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--one"]:
+        values = json.loads(sys.argv[3])
+        targets = values["targets"]
+        values["targets"] = targets if isinstance(targets, str) else tuple(targets)
+        values["dtype"] = getattr(torch, values["dtype"])
+        print(json.dumps(peak(sys.argv[2], Case(**values))))
+    else:
+        typer.run(main)
