@@ -1,7 +1,7 @@
 """Small tools that every pass uses: reading nodes, emitting nodes, printing graphs."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from operator import getitem
 from typing import Any, cast
@@ -89,8 +89,13 @@ def emit(
     *,
     like: Node,
     tag: Tag,
+    shape: Sequence[Any] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Node:
     """Insert a call at the graph's current insertion point, with true metadata.
+
+    The metadata comes from running the operator on fake tensors, which takes milliseconds where
+    sizes are open. A caller who knows what the operator returns says it by ``shape``.
 
     Args:
         gm: the graph's owner.
@@ -98,11 +103,15 @@ def emit(
         args: its arguments; nodes, constants or nested sequences of them.
         like: node whose provenance (module stack, source line) the new node inherits.
         tag: which pass made the node, for which site, in which role.
+        shape: the result's sizes, if they are known.
+        dtype: the result's dtype, with ``shape``; None for that of the first argument.
     """
     node = gm.graph.create_node("call_function", target, args, name=tag.role or None)
-    fake_args = map_arg(args, value_of)
     with torch.no_grad(), fake_mode_of(like):
-        node.meta["val"] = target(*fake_args)
+        if shape is None:
+            node.meta["val"] = target(*map_arg(args, value_of))
+        else:
+            node.meta["val"] = tensor_of(args[0]).new_empty(tuple(shape), dtype=dtype)
     for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
         if key in like.meta:
             node.meta[key] = like.meta[key]

@@ -3,8 +3,9 @@
 Shape letters: L leading dims, I in_features, O out_features, R rank.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -114,7 +115,7 @@ def _adapt(gm: GraphModule, site: Site, branches: tuple[Branch, ...]) -> None:
     with gm.graph.inserting_before(anchor):
         for branch in branches:
             update = _emit_branch(gm, site, branch)
-            total = emit(gm, aten.add.Tensor, (total, update), like=base, tag=_tag(site, "add"))
+            total = _emit_sum(gm, site, total, update)
         if tensor_of(total).dtype != dtype:
             total = emit(gm, aten.to.dtype, (total, dtype), like=base, tag=_tag(site, "cast_out"))
     gm.graph.erase_node(anchor)
@@ -134,11 +135,25 @@ def _emit_branch(gm: GraphModule, site: Site, branch: Branch) -> Node:
         args = (x_LI, branch.dropout, True)
         x_LI = emit(gm, aten.dropout.default, args, like=like, tag=_tag(site, "dropout"))
     A_RI = _cut(gm, site, A, dim=1, size=site.target.in_features)
-    z_LR = emit(gm, aten.linear.default, (x_LI, A_RI), like=like, tag=_tag(site, "z"))
-    h_LR = emit(gm, aten.mul.Tensor, (z_LR, d), like=like, tag=_tag(site, "h"))
+
+    def put(target: Callable[..., Any], operands: tuple[Node, Node], size: int, role: str) -> Node:
+        shape = (*tensor_of(x_LI).shape[:-1], size)
+        return emit(gm, target, operands, like=like, tag=_tag(site, role), shape=shape)
+
+    rank, out = tensor_of(d).shape[0], site.target.out_features
+    z_LR = put(aten.linear.default, (x_LI, A_RI), rank, "z")
+    h_LR = put(aten.mul.Tensor, (z_LR, d), rank, "h")
     B_OR = _cut(gm, site, B, dim=0, size=site.target.out_features)
-    u_LO = emit(gm, aten.linear.default, (h_LR, B_OR), like=like, tag=_tag(site, "u"))
-    return emit(gm, aten.mul.Tensor, (u_LO, b), like=like, tag=_tag(site, "update"))
+    u_LO = put(aten.linear.default, (h_LR, B_OR), out, "u")
+    return put(aten.mul.Tensor, (u_LO, b), out, "update")
+
+
+def _emit_sum(gm: GraphModule, site: Site, total: Node, update: Node) -> Node:
+    values = tensor_of(total), tensor_of(update)
+    dtype = torch.promote_types(values[0].dtype, values[1].dtype)
+    tag, shape = _tag(site, "add"), values[0].shape
+    args = (total, update)
+    return emit(gm, aten.add.Tensor, args, like=site.node, tag=tag, shape=shape, dtype=dtype)
 
 
 def _cast(gm: GraphModule, site: Site, dtype: torch.dtype) -> Node:

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch.fx import GraphModule, Node
 
-from ._graph import Tag, emit, replace_uses
+from ._graph import Tag, emit, replace_uses, tensor_of
 from ._protocol import Numerics, PassReport, Rewrite, Skip
 from .branches import InsertedBranch, erase_unused, inserted_branches
 from .functions import merged_linear
@@ -104,7 +104,8 @@ def _merge(gm: GraphModule, branch: InsertedBranch, *, through_z: bool) -> None:
             weight = emit(gm, aten.t.default, (weight,), like=base, tag=flipped)
         z: Node | None = branch.z if through_z else None
         operands = (x, z, weight, bias, branch.A, branch.B, branch.d, branch.b)
-        merged = emit(gm, merged_linear, operands, like=base, tag=tag)
+        shape = tensor_of(base).shape
+        merged = emit(gm, merged_linear, operands, like=base, tag=tag, shape=shape)
     last = branch.output
     replace_uses(last, merged)
     erase_unused(gm, last)

@@ -100,9 +100,10 @@ def _scale(gm: GraphModule, branch: InsertedBranch) -> None:
         rows = put(aten.mul.Tensor, branch.B, column, role="b_rows")
         E_OR = put(aten.mul.Tensor, rows, branch.d, role="E")
         total, z = branch.total, branch.z
+        scale = E_OR
         if tensor_of(E_OR).dtype != tensor_of(z).dtype:
-            E_OR = put(aten.to.dtype, E_OR, tensor_of(z).dtype, role="E_half")
-        E_RO = put(aten.t.default, E_OR, role="E_t")
+            scale = put(aten.to.dtype, E_OR, tensor_of(z).dtype, role="E_half")
+        E_RO = put(aten.t.default, scale, role="E_t")
         if not flat:
             total = put(
                 aten.reshape.default, total, [-1, tensor_of(total).shape[-1]], role="flat_y"
