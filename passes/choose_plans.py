@@ -58,7 +58,7 @@ class Workload:
         half: the base computes in half precision, where merging would round the update away.
         slow_half: the processor multiplies in that precision more slowly than in float32.
         restricted: why no other plan than factored is possible (dropout, autocast), or nothing.
-        request: ``"auto"`` or the plan that the user asked for.
+        request: ``"auto"``, ``"timed"`` or the plan that the user asked for.
     """
 
     ranks: tuple[int, ...]
@@ -67,6 +67,16 @@ class Workload:
     slow_half: bool = False
     restricted: str = ""
     request: str = "auto"
+
+    @property
+    def is_open(self) -> bool:
+        """True if the chooser is to choose."""
+        return self.request in {"auto", "timed"}
+
+
+Costs = Callable[[int, Target, Workload, int], Mapping[str, float]]
+"""What each plan costs beyond the base, and the base itself under ``"base"``, in one unit: for so
+many tokens, a target, a workload and the number of sites that read one input."""
 
 
 @dataclass(slots=True)
@@ -109,6 +119,7 @@ def choose_plans(
     tokens: Sequence[int],
     work: Workload,
     known: Iterable[Assignment] = (),
+    costs: Costs | None = None,
 ) -> Choice:
     """Choose a plan for every site.
 
@@ -118,11 +129,13 @@ def choose_plans(
         work: ranks and restrictions.
         known: assignments that graphs exist for. One of them is kept if it costs at most 5 % of
             the sites' whole work more than the best, so that few graphs have to be compiled.
+        costs: measured costs; None for the modelled ones.
     """
     sized = list(zip(groups, tokens, strict=True))
-    best = _choice(sized, work, lambda costs, _: _best(costs, work))
+    costs = costs or modelled_costs
+    best = _choice(sized, work, costs, lambda found, _: _best(found, work))
     for assignment in known:
-        other = _choice(sized, work, lambda _, name, a=assignment: a.plan_of(name))
+        other = _choice(sized, work, costs, lambda _, name, a=assignment: a.plan_of(name))
         if not work.restricted and other.cost - best.cost <= _TOLERATED * best.base_cost:
             return other
     return best
@@ -131,19 +144,20 @@ def choose_plans(
 def _choice(
     sized: Sequence[tuple[SiteGroup, int]],
     work: Workload,
+    costs: Costs,
     plan_of: Callable[[Mapping[str, float], str], str],
 ) -> Choice:
     choice = Choice(Assignment())
     plans: dict[str, str] = {}
     for group, tokens in sized:
         for name, target in group.sites:
-            costs = plan_costs(tokens, target, work, sharing=len(group.sites))
-            plan = plans[name] = plan_of(costs, name)
-            choice.cost += costs[plan]
-            choice.base_cost += _base_cost(tokens, target, trains=work.trains)
-            choice.reasons[name] = _reason(costs, tokens, work)
+            found = costs(tokens, target, work, len(group.sites))
+            plan = plans[name] = plan_of(found, name)
+            choice.cost += found[plan]
+            choice.base_cost += found["base"]
+            choice.reasons[name] = _reason(found, tokens, work)
     names = {p: frozenset(n for n, q in plans.items() if q == p) for p in PLANS}
-    exact = work.request == "factored" or (work.slow_half and work.request == "auto")
+    exact = work.request == "factored" or (work.slow_half and work.is_open)
     choice.assignment = Assignment(names["merged"], names["dense"], names["scaled"], exact=exact)
     return choice
 
@@ -151,7 +165,7 @@ def _choice(
 def _best(costs: Mapping[str, float], work: Workload) -> str:
     if work.restricted:
         return "factored"
-    return min(allowed(work), key=costs.__getitem__) if work.request == "auto" else work.request
+    return min(allowed(work), key=costs.__getitem__) if work.is_open else work.request
 
 
 def allowed(work: Workload) -> tuple[str, ...]:
@@ -164,7 +178,7 @@ def allowed(work: Workload) -> tuple[str, ...]:
 def _reason(costs: Mapping[str, float], tokens: int, work: Workload) -> str:
     if work.restricted:
         return work.restricted
-    if work.request != "auto":
+    if not work.is_open:
         return "asked for"
     if work.slow_half:
         return "products in float32, as this processor multiplies half precision slowly"
@@ -173,14 +187,10 @@ def _reason(costs: Mapping[str, float], tokens: int, work: Workload) -> str:
     if len(work.ranks) != 1:
         return "several adapters are active"
     share = ", ".join(f"{name} {costs[name] / costs['factored']:.2f}" for name in PLANS)
-    return f"{tokens} tokens: {share}"
+    return f"{tokens} tokens{', timed' * (work.request == 'timed')}: {share}"
 
 
-def _base_cost(T: int, target: Target, *, trains: bool) -> float:
-    return (4.0 if trains else 2.0) * T * target.in_features * target.out_features
-
-
-def plan_costs(T: int, target: Target, work: Workload, *, sharing: int) -> dict[str, float]:
+def modelled_costs(T: int, target: Target, work: Workload, sharing: int) -> dict[str, float]:
     """Cost of each plan beyond the base's own products, in floating-point operations.
 
     ``x @ A.T`` is divided among the ``sharing`` sites that read the input. In training the gradient
@@ -188,6 +198,7 @@ def plan_costs(T: int, target: Target, work: Workload, *, sharing: int) -> dict[
     """
     I, O = target.in_features, target.out_features  # noqa: E741
     costs: dict[str, float] = dict.fromkeys(PLANS, 0.0)
+    costs["base"] = (4.0 if work.trains else 2.0) * T * I * O
     for R in work.ranks:
         project, expand, fold = 2.0 * T * I * R / sharing, 2.0 * T * R * O, 2.0 * O * I * R
         rows, passes, scales = T * O * _BALANCE, T * R * _BALANCE, O * R * _BALANCE

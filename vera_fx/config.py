@@ -48,7 +48,9 @@ class VeraConfig:
         layers_pattern: name of the module list that the indices count in.
         exclude_modules: what to leave out of ``target_modules``, in the same notation.
         plan: how branches are computed: ``"auto"`` lets the library choose for every site,
-            ``"factored"``, ``"scaled"``, ``"merged"`` and ``"dense"`` ask for one plan.
+            ``"factored"``, ``"scaled"``, ``"merged"`` and ``"dense"`` ask for one plan, and
+            ``"timed"`` lets it choose by timing the plans on this machine (a few seconds for every
+            shape of layer).
         task_type: PEFT's task type; classification types add their head to ``modules_to_save``.
 
     Raises:
@@ -79,7 +81,7 @@ class VeraConfig:
         self._check_numbers()
         self._check_layers()
         _check_choice("bias", self.bias, BIASES)
-        _check_choice("plan", self.plan, ("auto", *PLANS))
+        _check_choice("plan", self.plan, ("auto", "timed", *PLANS))
         if self.task_type is not None:
             self._set("task_type", str(getattr(self.task_type, "value", self.task_type)))
             _check_choice("task_type", self.task_type, TASK_TYPES)

@@ -11,8 +11,17 @@ from torch import Tensor, nn
 from vera_fx.adapter import Adapter
 from vera_fx.bank import AdapterBank, bank_of
 from vera_fx.hardware import multiplies_well
-from vera_fx.passes import Assignment, Choice, SiteGroup, Workload, choose_plans, site_groups
+from vera_fx.passes import (
+    Assignment,
+    Choice,
+    Costs,
+    SiteGroup,
+    Workload,
+    choose_plans,
+    site_groups,
+)
 from vera_fx.targets import weight_of
+from vera_fx.timing import timed_costs
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -23,10 +32,12 @@ class Planner:
 
     Attributes:
         groups: the graph's sites by the input they read.
+        timed: costs by timing, for those who ask for it.
         chosen: the choice for each workload and number of tokens.
     """
 
     groups: tuple[SiteGroup, ...]
+    timed: Costs
     chosen: dict[Any, Choice] = field(default_factory=dict[Any, Choice])
 
     def choose(
@@ -36,13 +47,16 @@ class Planner:
         tokens = tuple(_count(group.leading, sizes) for group in self.groups)
         key = (tokens, work)
         if key not in self.chosen:
-            self.chosen[key] = choose_plans(self.groups, tokens, work, known)
+            costs = self.timed if work.request == "timed" else None
+            self.chosen[key] = choose_plans(self.groups, tokens, work, known, costs)
         return self.chosen[key]
 
 
-def planner(graph: torch.fx.GraphModule, bank: AdapterBank) -> Planner:
-    """A planner for a captured graph."""
-    return Planner(site_groups(graph, list(bank.targets.values())))
+def planner(model: nn.Module, graph: torch.fx.GraphModule) -> Planner:
+    """A planner for a captured graph of the model."""
+    bank = bank_of(model)
+    weight = weight_of(model, next(iter(bank.targets)))
+    return Planner(site_groups(graph, list(bank.targets.values())), timed_costs(weight))
 
 
 def open_sizes(values: Sequence[Tensor], leaves: Sequence[Tensor]) -> dict[Any, int]:
@@ -107,7 +121,8 @@ def mixed_assignment(model: nn.Module, bank: AdapterBank) -> Assignment:
 
 def mixed_choice(model: nn.Module, graph: torch.fx.GraphModule, bank: AdapterBank) -> Choice:
     """`mixed_assignment` with the reason for every site of a captured graph."""
-    sites = [name for group in planner(graph, bank).groups for name, _ in group.sites]
+    groups = site_groups(graph, list(bank.targets.values()))
+    sites = [name for group in groups for name, _ in group.sites]
     return Choice(
         mixed_assignment(model, bank), dict.fromkeys(sites, "rows have adapters of their own")
     )

@@ -205,7 +205,7 @@ def _choose(model: nn.Module, capture: Capture, call: Call, known: list[Any]) ->
     bank = bank_of(model)
     if bank.structure not in capture.planners:
         with as_target_errors():
-            capture.planners[bank.structure] = planner(capture.graph, bank)
+            capture.planners[bank.structure] = planner(model, capture.graph)
     sizes = open_sizes(capture.values, call.leaves)
     work = workload(model, capture.training, trains=torch.is_grad_enabled())
     return capture.planners[bank.structure].choose(sizes, work, known)
