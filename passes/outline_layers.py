@@ -56,6 +56,9 @@ class OutlineLayers:
     least: int = 4
     """How many equal layers make it worth while; 0 for never."""
 
+    saved: float = 0.25
+    """The share of the graph that sharing must save: every body is compiled on its own."""
+
     numerics: ClassVar[Numerics] = Numerics.BITWISE
 
     def __call__(self, gm: GraphModule, /) -> PassReport:
@@ -83,8 +86,13 @@ class OutlineLayers:
         runs = module_runs(nodes, is_numbered)
         keys = [fingerprint(run.nodes) for run in runs]
         counts = Counter(keys)
-        equal = [run for run, key in zip(runs, keys, strict=True) if counts[key] >= self.least]
-        return list(apart(equal))
+        equal = [
+            (key, run) for run, key in zip(runs, keys, strict=True) if counts[key] >= self.least
+        ]
+        layers = list(apart([run for _, run in equal]))
+        bodies = {key: len(run.nodes) for key, run in equal if run in layers}
+        saved = sum(len(run.nodes) for run in layers) - sum(bodies.values())
+        return layers if saved >= self.saved * len(nodes) else []
 
 
 def is_outlined(graph: Graph) -> bool:
