@@ -1,8 +1,9 @@
 """``adapter_config.json`` in PEFT's form: exactly PEFT 0.21.2's keys, read and written."""
 
 import json
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from vera_fx.adapter import Adapter
 from vera_fx.config import VeraConfig
 from vera_fx.errors import CheckpointError, ConfigError, listing, nearest
 from vera_fx.hf import base_model_name
-from vera_fx.targets import is_conv1d
+from vera_fx.targets import base_modules, is_conv1d
 
 CONFIG_FILE = "adapter_config.json"
 PEFT_VERSION = "0.21.2"
@@ -43,7 +44,7 @@ def to_json(model: nn.Module, adapter: Adapter) -> str:
     )
     if config.is_all_linear or config.exclude_modules:
         # PEFT knows no exclude_modules, so the choice is written out as full paths.
-        values["target_modules"] = sorted(adapter.vectors.by_path)
+        values["target_modules"] = exact_targets(model, adapter.vectors.by_path)
         values["layers_to_transform"] = values["layers_pattern"] = None
     values.update(
         auto_mapping=auto_mapping(model, config),
@@ -54,6 +55,16 @@ def to_json(model: nn.Module, adapter: Adapter) -> str:
         revision=None,
     )
     return json.dumps(values, indent=2, sort_keys=True) + "\n"
+
+
+def exact_targets(model: nn.Module, paths: Iterable[str]) -> list[str] | str:
+    """The targets as full paths; as an expression where those are the ends of other paths."""
+    # PEFT matches the entries of a list with the ends of paths, too.
+    found = sorted(paths)
+    ends = tuple(f".{path}" for path in found)
+    if any(path.endswith(ends) and path not in found for path in base_modules(model)):
+        return "|".join(re.escape(path) for path in found)
+    return found
 
 
 def _plain(value: Any) -> Any:
