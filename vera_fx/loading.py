@@ -27,7 +27,7 @@ from vera_fx.checkpoint import assign, owned_tensors, plan_of, projections_hash
 from vera_fx.embeddings import take_embeddings
 from vera_fx.errors import CheckpointError
 from vera_fx.names import check_name
-from vera_fx.peft_config import CONFIG_FILE, read_json
+from vera_fx.peft_config import CONFIG_FILE, read_json, read_origin
 from vera_fx.projections import Projections
 
 M = TypeVar("M", bound=nn.Module)
@@ -100,6 +100,7 @@ def _adapter(
     embeddings = list(take_embeddings(model, adapter, rest, shapes))
     check_state(shapes, rest, source=str(folder / WEIGHTS_FILE))
     assign(adapter, rest, home_of(model, layout))
+    adapter.origin = read_origin(folder)
     for path, frozen in embeddings:
         adapter.copies.put(path, frozen)
         adapter.frozen.add(path)

@@ -202,7 +202,9 @@ def _deltas(
 
 
 def _delta(target: Target, d: Tensor, b: Tensor, pair: Any) -> Tensor:
-    delta = vera_delta(pair.vera_A, pair.vera_B, d, b, target.in_features)
+    exact = torch.promote_types(d.dtype, torch.float32)
+    A, B, d, b = (tensor.to(exact) for tensor in (pair.vera_A, pair.vera_B, d, b))
+    delta = vera_delta(A, B, d, b, target.in_features)
     return delta.T if target.layout == "in_out" else delta
 
 
