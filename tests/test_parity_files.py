@@ -120,6 +120,23 @@ def test_every_variant_travels_both_ways(base: nn.Module, variant: str, tmp_path
     assert torch.equal(reloaded(X), expected)
 
 
+def test_exclusions_travel_as_what_they_leave(base: nn.Module, tmp_path: Path) -> None:
+    """PEFT knows no ``exclude_modules``, and takes a full path for the end of others, too."""
+    model = nn.ModuleDict({"lin0": nn.Linear(10, 10), "inner": copy.deepcopy(base)})
+    fields = {"r": 3, "target_modules": "all-linear", "exclude_modules": r"inner\.lin0|.*head"}
+    ours = vera_fx.adapt(model, vera_fx.VeraConfig(**fields))
+    fill_adapters(ours)
+    vera_fx.save_adapter(ours, tmp_path)
+    fresh = nn.ModuleDict({"lin0": nn.Linear(10, 10), "inner": copy.deepcopy(base)})
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(fresh), tmp_path)
+    again = vera_fx.load_adapter(fresh, tmp_path)
+    expected = adapter_vectors(ours)
+    assert {path for _, path, _ in expected} == {"lin0", "inner.conv", "inner.lin1"}
+    for model in (theirs, again):
+        assert adapter_vectors(model).keys() == expected.keys()
+        assert all(torch.equal(v, expected[key]) for key, v in adapter_vectors(model).items())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("autocast", [True, False])
 def test_half_precision_both_ways(
@@ -554,6 +571,9 @@ class TestEmbeddings:
         with pytest.raises(vera_fx.AdapterError, match="'a' and 'b' cannot be active together"):
             vera_fx.set_adapter(both, ["a", "b"])
         vera_fx.set_adapter(both, ["a", "c"])  # their embeddings are equal
+        assert torch.isfinite(self.logits(both)).all()
+        with pytest.raises(vera_fx.TargetError, match="another value for every row; serve this"):
+            both(input_ids=self.ids, adapter_names=["a", "b"])
 
     def test_of_another_vocabulary_are_refused(
         self, folders: tuple[Path, Tensor], tie: bool

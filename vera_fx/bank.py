@@ -168,7 +168,9 @@ class AdapterBank(nn.Module):
         return like.new_zeros(like.shape[0]), like.new_zeros(target.out_features)
 
     def _layout(self, adapter: Adapter) -> Structure:
-        copies = tuple((path, name) for path, name, _ in adapter.copied_tensors())
+        copies = tuple(
+            (path, name, path in adapter.frozen) for path, name, _ in adapter.copied_tensors()
+        )
         dtypes = tuple(sorted({str(p.dtype) for p in adapter.vectors.parameters()}))
         return adapter.config.vera_dropout, copies, dtypes
 
