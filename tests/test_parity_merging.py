@@ -299,6 +299,16 @@ class TestTiedEmbeddings:
         assert ours.lm_head.weight is ours.model.embed_tokens.weight
 
 
+def test_copies_do_not_start_from_a_merged_base(base: nn.Module) -> None:
+    _, ours = both(base, modules_to_save=["head"])
+    vera_fx.merge(ours)
+    with pytest.raises(vera_fx.AdapterError, match="copies of 'head', and 'default' is merged"):
+        vera_fx.add_adapter(ours, "second")
+    vera_fx.unmerge(ours)
+    vera_fx.add_adapter(ours, "second")
+    assert torch.equal(ours.vera.adapter("second").copies.by_path["head"].weight, base.head.weight)
+
+
 def test_merging_needs_values() -> None:
     with torch.device("meta"):
         model = MLP()

@@ -34,7 +34,8 @@ def add_adapter(
         autocast_adapter_dtype: keep the vectors of half-precision models in float32, as PEFT does.
 
     Raises:
-        AdapterError: the name cannot be used, or there is no configuration to take over.
+        AdapterError: the name cannot be used, there is no configuration to take over, or the
+            adapter would start from copies of base modules while others are merged into the base.
         TargetError: the targets do not fit the model.
     """
     bank = require_adapted(model)
@@ -44,6 +45,11 @@ def add_adapter(
         raise ConfigError(f"config must be a vera_fx.VeraConfig, got a {type(config).__name__}")
     targets = resolve_targets(model, config)
     plan = blueprint(model, config, targets, autocast=autocast_adapter_dtype)
+    if bank.merged and (plan.saved or plan.biases):
+        raise AdapterError(
+            f"adapter {name!r} would start from copies of {listing([*plan.saved, *plan.biases])}, and "
+            f"{listing(bank.merged)} is merged into the base; unmerge the model before adding it"
+        )
     adapter = build_adapter(model, plan)
     vera_A, vera_B = draw(model, plan)
     adapter.projections = bank.share_projections(vera_A, vera_B, persistent=config.save_projection)

@@ -123,6 +123,9 @@ def _frozen(module: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
         if base is not None:
             del frozen._parameters[name]
             value = values.get(name)
-            kept = base.detach() if value is None else value.to(dtype=base.dtype, copy=True)
-            frozen.register_buffer(name, kept, persistent=value is not None)
+            if value is None:
+                frozen.register_buffer(name, base.detach(), persistent=False)
+            else:
+                device = torch.device("cpu") if base.is_meta else base.device
+                frozen.register_buffer(name, value.to(device=device, dtype=base.dtype, copy=True))
     return frozen
