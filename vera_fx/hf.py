@@ -67,15 +67,6 @@ def _owners(function: Any) -> list[Any]:
     return [getattr(inner, "__self__", None), *getattr(function, "args", ())[:1]]
 
 
-def unset_tied(model: nn.Module) -> None:
-    """Note in the configuration that input and output embeddings are two, so that saving keeps both."""
-    config: Any = getattr(model, "config", None)
-    if is_pretrained(model) and getattr(config, "tie_word_embeddings", False):
-        inputs, outputs = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
-        if outputs is not None and inputs.weight is not outputs.weight:
-            config.tie_word_embeddings = False
-
-
 def embeddings_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """``(path, module)`` of the input and the output embeddings, for models that tell them."""
     paths = {id(module): path for path, module in reversed(list(model.named_modules()))}
@@ -85,6 +76,15 @@ def embeddings_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             module = getter() if getter is not None else None
             if isinstance(module, nn.Module) and id(module) in paths:
                 yield paths[id(module)], module
+
+
+def unset_tied(model: nn.Module) -> None:
+    """Note in the configuration that input and output embeddings are two, so that saving keeps both."""
+    config: Any = getattr(model, "config", None)
+    weights = [getattr(module, "weight", None) for _, module in embeddings_of(model)]
+    is_noted = is_pretrained(model) and getattr(config, "tie_word_embeddings", False)
+    if is_noted and len(weights) > 1 and weights[0] is not weights[1]:
+        config.tie_word_embeddings = False
 
 
 def vocabulary_sizes(model: nn.Module) -> tuple[int | None, int | None]:
