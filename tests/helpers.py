@@ -1,6 +1,7 @@
 """What the tests share: non-trivial vectors, oracles, comparisons that refuse to be empty."""
 
 import copy
+import re
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -31,6 +32,28 @@ def short_name(parameter: str) -> str:
 def vectors_of(model: nn.Module) -> dict[str, nn.Parameter]:
     """All VeRA vectors of an adapted model, ours or PEFT's, under the same names."""
     return {short_name(n): p for n, p in model.named_parameters() if "vera_lambda" in n}
+
+
+def adapter_vectors(model: nn.Module) -> dict[tuple[str, str, str], nn.Parameter]:
+    """All vectors of all adapters, ours or PEFT's, by (adapter, target, "d" or "b")."""
+    found: dict[tuple[str, str, str], nn.Parameter] = {}
+    for name, parameter in model.named_parameters():
+        if theirs := re.fullmatch(r"base_model\.model\.(.+)\.vera_lambda_(.)\.([^.]+)", name):
+            path, vector, adapter = theirs.groups()
+        elif ours := re.fullmatch(r"vera\.adapters\.([^.]+)\.vectors\.(.+)\.vera_lambda_(.)", name):
+            adapter, path, vector = ours.groups()
+        else:
+            continue
+        found[adapter, path, vector] = parameter
+    return found
+
+
+def fill_adapters(model: nn.Module, scale: float = 0.5) -> None:
+    """`fill_vectors` for several adapters: each has values of its own, the same in both libraries."""
+    with torch.no_grad():
+        for key, parameter in adapter_vectors(model).items():
+            generator = torch.Generator().manual_seed(zlib.crc32(".".join(key).encode()))
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
 
 
 def fill_vectors(model: nn.Module, scale: float = 0.5) -> None:

@@ -10,13 +10,12 @@ from vera_fx.adapters import (
     disable_adapters,
     parameter_summary,
     set_adapter,
+    set_trainable,
 )
 from vera_fx.aoti import export_aoti
 from vera_fx.checkpoint import (
     adapter_state_dict,
-    load_adapter,
     load_adapter_state_dict,
-    save_adapter,
 )
 from vera_fx.config import VeraConfig
 from vera_fx.errors import (
@@ -31,11 +30,13 @@ from vera_fx.errors import (
 )
 from vera_fx.explain import explain
 from vera_fx.export import export_program, program_vectors
+from vera_fx.loading import load_adapter
 from vera_fx.lora import lora_errors, to_lora
 from vera_fx.merging import merge, unmerge
 from vera_fx.onnx_files import export_onnx
 from vera_fx.program_adapters import program_sites, replace_adapter
 from vera_fx.program_files import load_program, save_program
+from vera_fx.saving import save_adapter, save_adapters
 from vera_fx.store import AdapterStore, StoreCounts
 
 __version__ = "0.1.0"
@@ -75,8 +76,10 @@ __all__ = [
     "program_vectors",
     "replace_adapter",
     "save_adapter",
+    "save_adapters",
     "save_program",
     "set_adapter",
+    "set_trainable",
     "to_lora",
     "unload",
     "unmerge",

@@ -99,6 +99,11 @@ def check_adaptable(model: nn.Module, config: VeraConfig) -> None:
         raise ConfigError(f"config must be a vera_fx.VeraConfig, got a {type(config).__name__}")
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model must be a torch.nn.Module, got a {type(model).__name__}")
+    if hasattr(model, "_orig_mod"):
+        raise AdapterError(
+            "this is the wrapper that torch.compile made; adapt the model that was given to "
+            "torch.compile, before or after, and call the wrapper as always"
+        )
     if is_adapted(model):
         raise AdapterError(
             f"this {type(model).__name__} is adapted already (adapters: "
@@ -156,11 +161,20 @@ def unload(model: M, *, merge: bool = False, safe: bool = True) -> M:
     """
     require_adapted(model)
     if merge:
-        merging.merge(model, safe=safe)
+        _merge_for_good(model, safe=safe)
     else:
         merging.unmerge(model)
     _detach(model)
     return model
+
+
+def _merge_for_good(model: nn.Module, *, safe: bool) -> None:
+    bank = bank_of(model)
+    todo = [name for name in bank.active if name not in bank.merged]
+    merging.check_mergeable(model, bank, todo, safe=safe)
+    merging.untie(model, todo)
+    if todo:
+        merging.merge(model, todo, safe=False)
 
 
 def _detach(model: nn.Module) -> None:

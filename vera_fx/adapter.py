@@ -70,6 +70,8 @@ class Adapter(nn.Module):
         trainable: False for an adapter loaded for inference, which never trains.
         vectors: `Vectors` by target path.
         copies: modules trained in full (``modules_to_save``) and `TrainedBias`, by module path.
+        origin: what its files said of the base that it was trained on, if it was loaded.
+        frozen: paths of those copies that never train and stand for every use of the base's tensors.
     """
 
     def __init__(self, config: VeraConfig, projections: str, *, trainable: bool = True) -> None:
@@ -79,6 +81,8 @@ class Adapter(nn.Module):
         self.trainable = trainable
         self.vectors = Tree()
         self.copies = Tree()
+        self.frozen: set[str] = set()
+        self.origin: dict[str, str] = {}
 
     def vectors_at(self, path: str) -> Vectors | None:
         """The vectors of one target, or None if this adapter has none there."""

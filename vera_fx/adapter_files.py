@@ -15,8 +15,16 @@ KEY_PREFIX = "base_model.model."
 PROJECTIONS = ("base_model.vera_A", "base_model.vera_B")
 
 
+def plain(path: str) -> str:
+    """A path or key without the segments that wrappers of ``torch.compile`` put into it."""
+    return ".".join(part for part in path.split(".") if part != "_orig_mod")
+
+
 def read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors of an adapter's file, mapped into memory, and its metadata.
+
+    Keys are as if nothing had been compiled when they were saved. The tensors are views of the
+    file: whoever keeps one makes a copy, since the file may be written anew.
 
     Raises:
         CheckpointError: the file is missing or damaged.
@@ -30,7 +38,7 @@ def read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError(f"there is no {WEIGHTS_FILE} in {folder}{hint}")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            state = {plain(key): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             return state, dict(file.metadata() or {})
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error

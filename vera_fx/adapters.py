@@ -5,28 +5,37 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from vera_fx.bank import AdapterBank
 from vera_fx.build import blueprint, build_adapter, draw, install
 from vera_fx.config import VeraConfig
-from vera_fx.errors import AdapterError, ConfigError
+from vera_fx.errors import AdapterError, ConfigError, listing
 from vera_fx.merging import merge, unmerge
 from vera_fx.names import check_known, check_name
 from vera_fx.runtime import require_adapted
 from vera_fx.targets import resolve_targets
 
 
-def add_adapter(model: nn.Module, name: str, config: VeraConfig | None = None) -> None:
+def add_adapter(
+    model: nn.Module,
+    name: str,
+    config: VeraConfig | None = None,
+    *,
+    autocast_adapter_dtype: bool = True,
+) -> None:
     """Add another adapter, not active yet. It may differ in rank, seed and targets.
 
     Args:
         model: an adapted model.
         name: the new adapter's name.
         config: its configuration; None for that of the first adapter.
+        autocast_adapter_dtype: keep the vectors of half-precision models in float32, as PEFT does.
 
     Raises:
-        AdapterError: the name cannot be used, or there is no configuration to take over.
+        AdapterError: the name cannot be used, there is no configuration to take over, or the
+            adapter would start from copies of base modules while others are merged into the base.
         TargetError: the targets do not fit the model.
     """
     bank = require_adapted(model)
@@ -34,7 +43,13 @@ def add_adapter(model: nn.Module, name: str, config: VeraConfig | None = None) -
     config = config or _first_config(bank)
     if not isinstance(config, VeraConfig):
         raise ConfigError(f"config must be a vera_fx.VeraConfig, got a {type(config).__name__}")
-    plan = blueprint(model, config, resolve_targets(model, config))
+    targets = resolve_targets(model, config)
+    plan = blueprint(model, config, targets, autocast=autocast_adapter_dtype)
+    if bank.merged and (plan.saved or plan.biases):
+        raise AdapterError(
+            f"adapter {name!r} would start from copies of {listing([*plan.saved, *plan.biases])}, and "
+            f"{listing(bank.merged)} is merged into the base; unmerge the model before adding it"
+        )
     adapter = build_adapter(model, plan)
     vera_A, vera_B = draw(model, plan)
     adapter.projections = bank.share_projections(vera_A, vera_B, persistent=config.save_projection)
@@ -53,6 +68,9 @@ def _first_config(bank: AdapterBank) -> VeraConfig:
 def delete_adapter(model: nn.Module, name: str) -> None:
     """Delete an adapter. If it was active, the others that are active stay so.
 
+    None takes its place: without another active adapter the model computes its plain base, and a
+    warning says so where there are others to choose from.
+
     Raises:
         AdapterError: there is no such adapter, or it is merged.
     """
@@ -62,7 +80,14 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         raise AdapterError(
             f"adapter {name!r} is merged into the base; unmerge the model before deleting it"
         )
+    was_active = bank.active
     bank.remove(name)
+    if was_active == (name,) and bank.adapters:
+        warnings.warn(
+            f"Adapter {name!r} was active which is now deleted. No adapter is active now, so the model "
+            f"computes its plain base; choose one of {listing(bank.adapters)} with set_adapter.",
+            stacklevel=2,
+        )
 
 
 def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
@@ -87,16 +112,47 @@ def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
     bank.activate(wanted)
 
 
+def set_trainable(model: nn.Module, names: str | Sequence[str], *, trainable: bool = True) -> None:
+    """Let adapters train, or freeze them, whatever they were made for.
+
+    One that may train does so while it is active; one that may not stays frozen through every
+    switch. Optimisers must be made after this, as they hold the parameters that train.
+
+    Args:
+        model: an adapted model.
+        names: one adapter or several.
+        trainable: False to freeze them.
+
+    Raises:
+        AdapterError: an unknown name; nothing is changed then.
+    """
+    bank = require_adapted(model)
+    chosen = (names,) if isinstance(names, str) else tuple(names)
+    for name in chosen:
+        check_known(name, bank.adapters)
+    for name in chosen:
+        bank.adapter(name).trainable = trainable
+    bank.activate(bank.active)
+
+
 def _check_compatible(bank: AdapterBank, names: Sequence[str]) -> None:
     owner: dict[str, str] = {}
     for name in names:
         for path in bank.adapter(name).copies.by_path:
-            if path in owner:
+            if path in owner and not _is_one_frozen(bank, path, owner[path], name):
                 raise AdapterError(
                     f"adapters {owner[path]!r} and {name!r} cannot be active together: each has its own "
                     f"trained copy of {path!r}"
                 )
             owner[path] = name
+
+
+def _is_one_frozen(bank: AdapterBank, path: str, first: str, second: str) -> bool:
+    """Whether both adapters keep the same frozen values at ``path``."""
+    adapters = [bank.adapter(name) for name in (first, second)]
+    a, b = (adapter.copies.by_path[path].state_dict() for adapter in adapters)
+    frozen = all(path in adapter.frozen for adapter in adapters)
+    return frozen and a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def active_adapters(model: nn.Module) -> list[str]:

@@ -63,8 +63,11 @@ class AdapterBank(nn.Module):
 
     def share_projections(self, vera_A: Tensor, vera_B: Tensor, *, persistent: bool) -> str:
         """Keep the projections once: the key of bit-equal ones, or of these, newly added."""
-        for key, known in self.projections.items():
-            if cast("Projections", known).equals(vera_A, vera_B):
+        for key, module in self.projections.items():
+            known = cast("Projections", module)
+            # Of one dtype, too: a graph multiplies A with what has the dtype of the vectors.
+            if known.vera_A.dtype == vera_A.dtype and known.equals(vera_A, vera_B):
+                known.keep(persistent=persistent)
                 return key
         key = str(max((int(key) for key in self.projections), default=-1) + 1)
         self.projections[key] = Projections(vera_A, vera_B, persistent=persistent)
@@ -165,7 +168,9 @@ class AdapterBank(nn.Module):
         return like.new_zeros(like.shape[0]), like.new_zeros(target.out_features)
 
     def _layout(self, adapter: Adapter) -> Structure:
-        copies = tuple((path, name) for path, name, _ in adapter.copied_tensors())
+        copies = tuple(
+            (path, name, path in adapter.frozen) for path, name, _ in adapter.copied_tensors()
+        )
         dtypes = tuple(sorted({str(p.dtype) for p in adapter.vectors.parameters()}))
         return adapter.config.vera_dropout, copies, dtypes
 
@@ -187,11 +192,20 @@ class AdapterBank(nn.Module):
             for train in [is_training(target.path)]
         )
         redirects = tuple(
-            Redirect(path, self.base_paths[path, name], slot_path(index, self._name(path, name)))
+            Redirect(path, bases, slot_path(index, self._name(path, name)))
             for index, adapter in enumerate(adapters)
             for path, name, _ in adapter.copied_tensors()
+            for bases in self._uses(adapter, path, name)
         )
         return AdaptationPlan(targets, branches, redirects)
+
+    def _uses(self, adapter: Adapter, path: str, name: str) -> list[tuple[str, ...]]:
+        """The paths of a base tensor whose reads a copy replaces.
+
+        A tied tensor is replaced inside of the copy's module only; by a frozen copy everywhere.
+        """
+        bases = self.base_paths[path, name]
+        return [(base,) for base in bases] if path in adapter.frozen else [bases]
 
     def _branch(self, index: int, path: str, *, dropout: float) -> Branch:
         return Branch(

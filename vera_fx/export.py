@@ -12,9 +12,10 @@ from torch.fx import GraphModule
 
 from vera_fx._torch import tree_flatten
 from vera_fx.adapter import Adapter
+from vera_fx.adapter_files import KEY_PREFIX
 from vera_fx.bank import AdapterBank, bank_of, slot_path
 from vera_fx.capture import Capture
-from vera_fx.checkpoint import KEY_PREFIX, owned_tensors, projections_hash
+from vera_fx.checkpoint import owned_tensors, projections_hash
 from vera_fx.errors import AdapterError, CaptureError, ExportError, listing, nearest
 from vera_fx.merging import merged_weights
 from vera_fx.names import one_adapter

@@ -67,6 +67,46 @@ def _owners(function: Any) -> list[Any]:
     return [getattr(inner, "__self__", None), *getattr(function, "args", ())[:1]]
 
 
+def embeddings_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """``(path, module)`` of the input and the output embeddings, for models that tell them."""
+    paths = {id(module): path for path, module in reversed(list(model.named_modules()))}
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        getter = getattr(model, name, None)
+        with contextlib.suppress(NotImplementedError, AttributeError):
+            module = getter() if getter is not None else None
+            if isinstance(module, nn.Module) and id(module) in paths:
+                yield paths[id(module)], module
+
+
+def unset_tied(model: nn.Module) -> None:
+    """Note in the configuration that input and output embeddings are two, so that saving keeps both."""
+    config: Any = getattr(model, "config", None)
+    weights = [getattr(module, "weight", None) for _, module in embeddings_of(model)]
+    is_noted = is_pretrained(model) and getattr(config, "tie_word_embeddings", False)
+    if is_noted and len(weights) > 1 and weights[0] is not weights[1]:
+        config.tie_word_embeddings = False
+
+
+def vocabulary_sizes(model: nn.Module) -> tuple[int | None, int | None]:
+    """Rows of the vocabulary now, and in the checkpoint that the model was loaded from.
+
+    None where there is none or it is not known; the network is never asked.
+    """
+    config: Any = getattr(model, "config", None)
+    name = base_model_name(model)
+    if name is None or not is_pretrained(model):
+        return None, None
+    try:
+        saved = type(config).from_pretrained(name, local_files_only=True)
+    except (OSError, ValueError):
+        return _vocabulary(config), None
+    return _vocabulary(config), _vocabulary(saved)
+
+
+def _vocabulary(config: Any) -> int | None:
+    return getattr(config.get_text_config(), "vocab_size", None)
+
+
 def base_model_name(model: nn.Module) -> str | None:
     """Where the model was loaded from, as PEFT writes it into ``adapter_config.json``."""
     name: Any = getattr(getattr(model, "config", None), "_name_or_path", None)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,16 +11,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vera_fx.adapter import Adapter
+from vera_fx.adapter_files import KEY_PREFIX, WEIGHTS_FILE
 from vera_fx.bank import AdapterBank
-from vera_fx.checkpoint import KEY_PREFIX, WEIGHTS_FILE, owned_tensors
+from vera_fx.checkpoint import owned_tensors
 from vera_fx.errors import CheckpointError
 from vera_fx.files import moved_into
 from vera_fx.hf import base_model_name
 from vera_fx.lora_rank import check_rank, reduced
 from vera_fx.names import one_adapter
-from vera_fx.peft_config import CONFIG_FILE, PEFT_VERSION, auto_mapping
+from vera_fx.peft_config import CONFIG_FILE, PEFT_VERSION, auto_mapping, exact_targets
 from vera_fx.runtime import require_adapted
-from vera_fx.targets import base_modules, is_conv1d
+from vera_fx.targets import is_conv1d
 
 ERRORS = "vera_fx.rank_errors"
 _BIASES = {"none": "none", "all": "all", "vera_only": "lora_only"}
@@ -141,16 +141,7 @@ def _config(model: nn.Module, adapter: Adapter, rank: int | None) -> str:
         "peft_type": "LORA",
         "peft_version": PEFT_VERSION,
         "r": r,
-        "target_modules": _targets(model, paths),
+        "target_modules": exact_targets(model, paths),
         "task_type": config.task_type,
     }
     return json.dumps(values, indent=2, sort_keys=True) + "\n"
-
-
-def _targets(model: nn.Module, paths: list[str]) -> list[str] | str:
-    """The targets as full paths; as an expression where those are the ends of other paths."""
-    # PEFT matches the entries of a list with the ends of paths, too.
-    ends = tuple(f".{path}" for path in paths)
-    if any(path.endswith(ends) and path not in paths for path in base_modules(model)):
-        return "|".join(re.escape(path) for path in sorted(paths))
-    return sorted(paths)

@@ -1,5 +1,6 @@
 """Fold adapters into the base weights and take them out again."""
 
+import dataclasses
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from vera_fx.adapter import Adapter
 from vera_fx.bank import AdapterBank
 from vera_fx.build import attribute_of
 from vera_fx.errors import AdapterError, listing
+from vera_fx.hf import unset_tied
 from vera_fx.names import check_known
 from vera_fx.passes import Target
 from vera_fx.reference import vera_delta
@@ -42,9 +44,8 @@ def merge(
     """
     bank = require_adapted(model)
     todo = _to_merge(bank, names)
-    _check_mergeable(bank, todo)
-    if safe:
-        _check_finite(model, bank, todo)
+    _check_ties(bank, todo)
+    check_mergeable(model, bank, todo, safe=safe)
     for name in todo:
         if keep_base:
             bank.kept_bases[name] = {
@@ -82,8 +83,8 @@ def merged_weights(model: nn.Module, bank: AdapterBank, name: str) -> dict[str, 
     Raises:
         AdapterError: a weight that cannot be merged, or values that are not finite.
     """
-    _check_mergeable(bank, (name,))
-    _check_finite(model, bank, (name,))
+    _check_ties(bank, (name,))
+    check_mergeable(model, bank, (name,), safe=True)
     merged = {
         id(w): (w.detach() + d).to(w.dtype) for w, d in _deltas(model, bank, bank.adapter(name))
     }
@@ -104,20 +105,86 @@ def _to_merge(bank: AdapterBank, names: Sequence[str] | str | None) -> list[str]
     return todo
 
 
-def _check_mergeable(bank: AdapterBank, names: Iterable[str]) -> None:
-    owners: dict[str, str] = {}
+def check_mergeable(
+    model: nn.Module, bank: AdapterBank, names: Sequence[str], *, safe: bool
+) -> None:
+    """Refuse adapters that cannot be merged, whatever their weights are tied to.
+
+    Raises:
+        AdapterError: a weight is computed or without values; or, if ``safe``, a merged weight would
+            not be finite.
+    """
     for name in names:
-        for path in bank.adapter(name).vectors.by_path:
-            target = bank.targets[path]
-            own = {f"{p}.weight" for p in target.paths}
-            others = [weight for weight in target.weights if weight not in own]
-            if others or not target.weights:
-                reason = f"is tied to {listing(others)}" if others else "is computed (parametrised)"
+        for path, weight in _changed(model, bank.adapter(name)):
+            computed = not bank.targets[path].weights
+            if computed or weight.is_meta:
+                reason = "is computed (parametrised)" if computed else "is on the meta device"
                 raise AdapterError(
-                    f"adapter {name!r} cannot be merged: the weight of {path!r} {reason}, and merging "
-                    "would change that as well; untie it first, or run unmerged"
+                    f"adapter {name!r} cannot be merged: the weight of {path!r} {reason}; run unmerged"
                 )
-            owners[path] = name
+    if safe:
+        _check_finite(model, bank, names)
+
+
+def _check_ties(bank: AdapterBank, names: Iterable[str]) -> None:
+    for name in names:
+        for path, tensor, others in _ties(bank, name):
+            raise AdapterError(
+                f"adapter {name!r} cannot be merged: the {tensor} of {path!r} is tied to "
+                f"{listing(others)}, and merging would change that as well; unload(merge=True) unties "
+                "it, or untie it first, or run unmerged"
+            )
+
+
+def _ties(bank: AdapterBank, name: str) -> Iterator[tuple[str, str, list[str]]]:
+    """``(module path, tensor name, paths elsewhere)`` of tied tensors that merging would change.
+
+    Frozen copies stand for every use of a tensor, so that changing all of them is right.
+    """
+    adapter = bank.adapter(name)
+    for path in adapter.vectors.by_path:
+        target = bank.targets[path]
+        own = {f"{p}.weight" for p in target.paths}
+        others = [weight for weight in target.weights if weight not in own]
+        if others:
+            yield path, "weight", others
+    for path, tensor, _ in adapter.copied_tensors():
+        others = [p for p in bank.base_paths[path, tensor] if not p.startswith(f"{path}.")]
+        if others and path not in adapter.frozen:
+            yield path, tensor, others
+
+
+def untie(model: nn.Module, names: Iterable[str]) -> None:
+    """Give the tied weights that merging these adapters would change a copy of their own.
+
+    Captured graphs do not see it: this is for a model that is about to be unloaded.
+    """
+    bank = require_adapted(model)
+    for name in names:
+        for path, tensor, others in list(_ties(bank, name)):
+            _untie(model, bank, path, tensor)
+            if any(other in bank.thawed for other in others):
+                bank.thawed += (f"{path}.{tensor}",)
+            warnings.warn(
+                f"{path}.{tensor} was tied to {listing(others)} and has a copy of its own now, with the "
+                f"adapter {name!r} merged into it",
+                stacklevel=4,
+            )
+            unset_tied(model)
+
+
+def _untie(model: nn.Module, bank: AdapterBank, path: str, tensor: str) -> None:
+    *parents, attribute = f"{path}.{tensor}".split(".")
+    owner = model.get_submodule(".".join(parents))
+    base = owner._parameters[attribute]
+    if base is not None:
+        owner._parameters[attribute] = nn.Parameter(base.detach().clone(), requires_grad=False)
+    if path in bank.targets and tensor == "weight":
+        target = bank.targets[path]
+        own = tuple(f"{p}.weight" for p in target.paths)
+        bank.targets[path] = dataclasses.replace(target, weights=own)
+    if (path, tensor) in bank.base_paths:
+        bank.base_paths[path, tensor] = (f"{path}.{tensor}",)
 
 
 def _deltas(
@@ -135,7 +202,9 @@ def _deltas(
 
 
 def _delta(target: Target, d: Tensor, b: Tensor, pair: Any) -> Tensor:
-    delta = vera_delta(pair.vera_A, pair.vera_B, d, b, target.in_features)
+    exact = torch.promote_types(d.dtype, torch.float32)
+    A, B, d, b = (tensor.to(exact) for tensor in (pair.vera_A, pair.vera_B, d, b))
+    delta = vera_delta(A, B, d, b, target.in_features)
     return delta.T if target.layout == "in_out" else delta
 
 
@@ -164,8 +233,12 @@ def _add(model: nn.Module, bank: AdapterBank, adapter: Adapter, *, sign: int) ->
 
 def _swap_copies(model: nn.Module, adapter: Adapter) -> None:
     """Exchange the values of the adapter's copies and the base tensors they stand for."""
+    swapped: set[int] = set()
     for path, name, copy in adapter.copied_tensors():
         base = attribute_of(model.get_submodule(path), name)
+        if id(base) in swapped:  # tied, with equal frozen copies
+            continue
+        swapped.add(id(base))
         held = base.data.clone()
         base.data.copy_(copy.data)
         copy.data.copy_(held)

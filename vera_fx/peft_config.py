@@ -1,8 +1,9 @@
 """``adapter_config.json`` in PEFT's form: exactly PEFT 0.21.2's keys, read and written."""
 
 import json
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -13,21 +14,22 @@ from vera_fx.adapter import Adapter
 from vera_fx.config import VeraConfig
 from vera_fx.errors import CheckpointError, ConfigError, listing, nearest
 from vera_fx.hf import base_model_name
-from vera_fx.targets import is_conv1d
+from vera_fx.targets import base_modules, is_conv1d
 
 CONFIG_FILE = "adapter_config.json"
 PEFT_VERSION = "0.21.2"
 """The PEFT release whose files these are; newer files may have keys that are unknown here."""
 
 _OURS = frozenset(field.name for field in fields(VeraConfig)) - {"exclude_modules", "plan"}
+_BASE, _REVISION = "base_model_name_or_path", "revision"
 _PEFTS = frozenset(
     {
+        _BASE,
+        _REVISION,
         "auto_mapping",
-        "base_model_name_or_path",
         "inference_mode",
         "peft_type",
         "peft_version",
-        "revision",
     }
 )
 _MAX_BYTES = 1 << 20
@@ -38,22 +40,32 @@ def to_json(model: nn.Module, adapter: Adapter) -> str:
     config = adapter.config
     values: dict[str, Any] = {name: _plain(getattr(config, name)) for name in _OURS}
     values["modules_to_save"] = list(config.saved_modules) or None
-    values["fan_in_fan_out"] = any(
-        is_conv1d(model.get_submodule(p)) for p in adapter.vectors.by_path
-    )
+    # PEFT flips the flag at every target of the other kind; what it writes is that of the last one.
+    *_, last = adapter.vectors.by_path
+    values["fan_in_fan_out"] = is_conv1d(model.get_submodule(last))
     if config.is_all_linear or config.exclude_modules:
         # PEFT knows no exclude_modules, so the choice is written out as full paths.
-        values["target_modules"] = sorted(adapter.vectors.by_path)
+        values["target_modules"] = exact_targets(model, adapter.vectors.by_path)
         values["layers_to_transform"] = values["layers_pattern"] = None
     values.update(
         auto_mapping=auto_mapping(model, config),
-        base_model_name_or_path=base_model_name(model),
+        base_model_name_or_path=base_model_name(model) or adapter.origin.get(_BASE),
         inference_mode=True,
         peft_type="VERA",
         peft_version=PEFT_VERSION,
-        revision=None,
+        revision=adapter.origin.get(_REVISION),
     )
     return json.dumps(values, indent=2, sort_keys=True) + "\n"
+
+
+def exact_targets(model: nn.Module, paths: Iterable[str]) -> list[str] | str:
+    """The targets as full paths; as an expression where those are the ends of other paths."""
+    # PEFT matches the entries of a list with the ends of paths, too.
+    found = sorted(paths)
+    ends = tuple(f".{path}" for path in found)
+    if any(path.endswith(ends) and path not in found for path in base_modules(model)):
+        return "|".join(re.escape(path) for path in found)
+    return found
 
 
 def _plain(value: Any) -> Any:
@@ -88,6 +100,16 @@ def read_json(directory: Path) -> VeraConfig:
         return VeraConfig(**given)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
+
+
+def read_origin(directory: Path) -> dict[str, str]:
+    """What ``adapter_config.json`` says of the base model: its name and revision, if it does.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    values = _parse(directory / CONFIG_FILE)
+    return {key: text for key in (_BASE, _REVISION) if isinstance(text := values.get(key), str)}
 
 
 def _parse(path: Path) -> Mapping[str, Any]:

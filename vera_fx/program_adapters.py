@@ -7,7 +7,8 @@ from typing import Any
 
 from torch.export import ExportedProgram
 
-from vera_fx.checkpoint import WEIGHTS_FILE, read_adapter
+from vera_fx.adapter_files import WEIGHTS_FILE
+from vera_fx.checkpoint import read_adapter
 from vera_fx.errors import ExportError
 from vera_fx.passes import Target, find_sites
 from vera_fx.program_files import fit_vectors, manifest_of

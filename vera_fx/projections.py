@@ -37,6 +37,12 @@ class Projections(nn.Module):
         self.register_buffer("vera_A", vera_A, persistent=persistent)
         self.register_buffer("vera_B", vera_B, persistent=persistent)
 
+    def keep(self, *, persistent: bool) -> None:
+        """Let ``state_dict`` have them if this or any earlier owner asked for it."""
+        if persistent:
+            for name, value in (("vera_A", self.vera_A), ("vera_B", self.vera_B)):
+                self.register_buffer(name, value)
+
     @property
     def r(self) -> int:
         """The rank."""

@@ -28,7 +28,7 @@ from vera_fx.regather import mix_again
 from vera_fx.returned import restore
 from vera_fx.rows import row_names, rows_among
 from vera_fx.signature import Call, CallReader
-from vera_fx.targets import BANK
+from vera_fx.targets import in_bank
 from vera_fx.variants import Variant, adapt_graph, as_target_errors
 from vera_fx.watch import StateWatch
 
@@ -71,7 +71,7 @@ class Runtime:
         self.reader = CallReader(_entry_forward(model, entry)[0])
         self._forward = _entry_forward(model, entry)[1]
         self._entry, self.parts = entry, parts or Parts()
-        modules = [m for path, m in model.named_modules() if not path.startswith(BANK)]
+        modules = [m for path, m in model.named_modules() if not in_bank(path)]
         self.watch = StateWatch(modules, EagerHook)
         self.entries: dict[str, Runtime] = {}
         self.captures: dict[tuple[Any, ...], list[Capture]] = {}

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vera_fx.architectures import DEFAULT_TARGETS
 from vera_fx.config import VeraConfig
 from vera_fx.errors import TargetError, listing, nearest
+from vera_fx.hf import is_pretrained
 from vera_fx.passes import Target
 
 BANK = "vera"
@@ -67,10 +68,11 @@ def weight_of(model: nn.Module, path: str) -> Tensor:
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The model's own modules by path (a module's first), without the model and the bank."""
-    return {path: module for path, module in model.named_modules() if path and not _in_bank(path)}
+    return {path: module for path, module in model.named_modules() if path and not in_bank(path)}
 
 
-def _in_bank(path: str) -> bool:
+def in_bank(path: str) -> bool:
+    """True for the bank's own path and all below it."""
     return path == BANK or path.startswith(f"{BANK}.")
 
 
@@ -78,7 +80,7 @@ def _module_paths(model: nn.Module) -> dict[int, list[str]]:
     """All paths of each module of the model, by the module's identity."""
     paths: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        if not _in_bank(path):
+        if not in_bank(path):
             paths.setdefault(id(module), []).append(path)
     return paths
 
@@ -101,7 +103,7 @@ def tensor_paths(model: nn.Module) -> dict[int, list[str]]:
     paths: dict[int, list[str]] = {}
     for named in (model.named_parameters, model.named_buffers):
         for path, tensor in named(remove_duplicate=False):
-            if not _in_bank(path):
+            if not in_bank(path):
                 paths.setdefault(id(tensor), []).append(path)
     return paths
 
@@ -126,8 +128,12 @@ def _matches(path: str, wanted: Iterable[str] | str, config: VeraConfig) -> bool
 
 
 def _full_match(pattern: str, path: str) -> bool:
+    return _compiled(pattern).fullmatch(path) is not None
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
     try:
-        return re.fullmatch(pattern, path) is not None
+        return re.compile(pattern)
     except re.error as error:
         raise TargetError(f"{pattern!r} is not a regular expression ({error})") from error
 
@@ -146,23 +152,27 @@ def _layer_index(path: str, config: VeraConfig) -> int | None:
     patterns = (patterns,) if isinstance(patterns, str) else patterns
     expressions = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns]
     for expression in expressions or [r".*?\.[^.]*\.(\d+)\."]:
-        if (match := re.match(expression, path)) is not None:
+        if (match := _compiled(expression).match(path)) is not None:
             return int(match[1])
     return None
 
 
 def _all_linear(model: nn.Module, config: VeraConfig) -> list[str]:
-    """Every linear module but the output head, which PEFT leaves out as well."""
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if get_head is not None else None
-    if head is None and get_head is not None and config.task_type == "SEQ_CLS":
-        heads = (getattr(model, name, None) for name in ("score", "classifier"))
-        head = next((module for module in heads if module is not None), None)
+    """Every linear module of the wanted layers but the head that transformers' models end in."""
+    head = _head(model, config) if is_pretrained(model) else None
     return [
         path
         for path, module in base_modules(model).items()
-        if is_linear(module) and module is not head
+        if is_linear(module) and module is not head and _is_wanted_layer(path, config)
     ]
+
+
+def _head(model: Any, config: VeraConfig) -> nn.Module | None:
+    head = model.get_output_embeddings()
+    if head is None and config.task_type == "SEQ_CLS":
+        heads = (getattr(model, name, None) for name in ("score", "classifier"))
+        head = next((module for module in heads if module is not None), None)
+    return head
 
 
 def _is_excluded(path: str, config: VeraConfig) -> bool:
@@ -171,9 +181,8 @@ def _is_excluded(path: str, config: VeraConfig) -> bool:
         excluded = _full_match(exclude, path)
     else:
         excluded = any(path == name or path.endswith(f".{name}") for name in exclude)
-    return excluded or any(
-        re.match(rf"(^|.*\.){name}($|\..*)", path) for name in config.saved_modules
-    )
+    saved = (rf"(^|.*\.){name}($|\..*)" for name in config.saved_modules)
+    return excluded or any(_full_match(pattern, path) for pattern in saved)
 
 
 def _explain_nothing(
@@ -230,6 +239,11 @@ def _as_target(
     weight = cast("Tensor", module.weight)
     if torch.nn.parameter.is_lazy(weight):
         raise TargetError(f"target {path!r} is lazy; call the model once before adapting it")
+    if weight.is_meta and hasattr(module, "_hf_hook"):
+        raise TargetError(
+            f"target {path!r} is offloaded by accelerate, which moves weights around during each call; "
+            "load the model onto one device"
+        )
     _check_weight(path, weight)
     rows, columns = weight.shape
     flipped = is_conv1d(module)
@@ -244,10 +258,6 @@ def _as_target(
 
 
 def _check_weight(path: str, weight: Tensor) -> None:
-    if weight.device.type == "meta":
-        raise TargetError(
-            f"target {path!r} is on the meta device, so it has no values; load the weights first"
-        )
     if not weight.dtype.is_floating_point or weight.ndim != 2:  # noqa: PLR2004
         raise TargetError(
             f"target {path!r} has a weight of dtype {weight.dtype} and shape {tuple(weight.shape)}; "

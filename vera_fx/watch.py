@@ -1,22 +1,24 @@
 """Notices that a model's Python state changed, so that no stale graph ever runs.
 
 A captured graph bakes in what its Python code read: train or eval mode, dropout rates, flags of
-the configuration. The watch gives every such state a small number, which is part of the key under
-which graphs are kept: a changed state leads to another capture, a restored one back to its graph.
+the configuration, dtypes and devices of the weights. The watch gives every such state a small
+number, which is part of the key under which graphs are kept: a changed state leads to another
+capture, a restored one back to its graph.
 """
 
 import enum
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vera_fx._torch import stamp
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, enum.Enum)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_Held = Mapping[str, Tensor | None]
 _MODULE_INTERNALS = frozenset(nn.Module().__dict__) - {"training"}
 
 
@@ -32,19 +34,28 @@ class StateWatch:
             obj.__dict__ for obj in (*modules, *self._configs)
         ]
         self._hooks: list[dict[Any, Any]] = []
-        self._seen = (-1, -1)
+        self._tensors: list[_Held] = [d for m in modules for d in (m._parameters, m._buffers)]
+        self._probes = _probes(self._tensors)
+        self._seen: Hashable = None
         self._states: dict[Hashable, int] = {}
         self._current = -1
 
     def state(self) -> int:
         """The number of the present state; cheap while nothing changes."""
-        # A new hook anywhere moves next_id; a removed one changes a dictionary that is watched.
-        seen = (stamp(self._attributes) + stamp(self._hooks), RemovableHandle.next_id)
-        if seen != self._seen:
+        if self._now() != self._seen:
             fingerprint = tuple(self._facts())
             self._current = self._states.setdefault(fingerprint, len(self._states))
-            self._seen = (stamp(self._attributes) + stamp(self._hooks), RemovableHandle.next_id)
+            self._seen = self._now()
         return self._current
+
+    def _now(self) -> Hashable:
+        """What is cheap to look at and differs whenever a fact does.
+
+        A new hook anywhere moves next_id; a removed one changes a dictionary that is watched. Casts
+        and moves of a model leave no mark on it, but reach its first weight and its last.
+        """
+        changes = stamp(self._attributes) + stamp(self._hooks)
+        return changes, RemovableHandle.next_id, *map(_place, self._probes)
 
     def _facts(self) -> Iterator[Hashable]:
         for attributes in self._attributes:
@@ -56,6 +67,24 @@ class StateWatch:
             if any(not isinstance(hook, self._ignored_hook) for hook in hooks.values())
         ]
         yield tuple(id(hook) for hooks in self._hooks for hook in hooks.values())
+        yield tuple(_place((tensors, name)) for tensors in self._tensors for name in tensors)
+
+
+def _probes(tensors: Sequence[_Held]) -> list[tuple[_Held, str]]:
+    """Where the first and the last floating-point tensor are kept."""
+    found = [
+        (held, name)
+        for held in tensors
+        for name, tensor in held.items()
+        if tensor is not None and tensor.is_floating_point()
+    ]
+    return [*found[:1], *found[1:][-1:]]
+
+
+def _place(at: tuple[_Held, str]) -> Hashable:
+    """Dtype and device of the tensor that is there now."""
+    tensor = at[0].get(at[1])
+    return None if tensor is None else (tensor.dtype, tensor.device)
 
 
 def _facts_of(attributes: dict[str, Any]) -> Iterator[tuple[str, Hashable]]:
