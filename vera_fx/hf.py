@@ -7,6 +7,8 @@ from typing import Any, cast
 
 from torch import nn
 
+from vera_fx.hf_tracing import traceable
+
 
 def is_pretrained(model: nn.Module) -> bool:
     """True for a transformers ``PreTrainedModel``; never imports transformers."""
@@ -24,13 +26,13 @@ def register_types(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def export_patches(model: nn.Module) -> Iterator[None]:
-    """Transformers' surroundings for an export: stateful attributes are put aside."""
+    """Surroundings for an export: stateful attributes put aside, code that traces well."""
     if not is_pretrained(model):
         yield
         return
     from transformers.exporters.exporter_dynamo import reset_model_state
 
-    with reset_model_state(model):
+    with reset_model_state(model), traceable():
         yield
 
 
