@@ -21,10 +21,10 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.fx.graph import CodeGen
 
 from vera_fx._torch import TreeSpec
-from vera_fx.integers import sizes_as_integers
 from vera_fx.debug import run_options
 from vera_fx.errors import CaptureError, first_line
 from vera_fx.hf import checkpointing_recorded, export_patches
+from vera_fx.integers import sizes_as_integers
 from vera_fx.passes import PipelineReport, cleanup, resolve, run_passes
 from vera_fx.returned import Stateful, mark_returned
 from vera_fx.signature import Call, CallReader, map_tensors

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from vera_fx._torch import TreeSpec, tree_flatten, tree_unflatten
-from vera_fx.integers import integers_as_sizes
 from vera_fx.errors import CaptureError
+from vera_fx.integers import integers_as_sizes
 
 CONSTANTS = (
     bool, int, float, complex, str, bytes, type(None), enum.Enum, slice,
