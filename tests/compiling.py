@@ -1,6 +1,6 @@
 """What ``torch.compile`` is held to: whole graphs, and no recompiles after the first change."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,16 +19,26 @@ def cut(value: Any, batch: int, length: int) -> Any:
     return value[:, :length] if value.ndim == 2 and value.dtype == torch.int64 else value
 
 
-def calls(family: Family) -> Iterator[dict[str, Any]]:
-    """Batches and lengths back and forth, size 1 of either included."""
+BACK_AND_FORTH = ((2, 7), (2, 5), (1, 7), (2, 7), (2, 1))
+"""Batch and length of call after call, size 1 of either included."""
+
+
+def calls(family: Family, sizes: Sequence[tuple[int, int]]) -> Iterator[dict[str, Any]]:
     inputs = family.inputs()
-    sequences = "input_ids" in inputs
-    for batch, length in ((2, 7), (2, 5), (1, 7), (2, 7), *([(2, 1)] if sequences else [])):
+    sizes = sizes if "input_ids" in inputs else [size for size in sizes if size[1] > 1]
+    for batch, length in sizes:
         yield {name: cut(value, batch, length) for name, value in inputs.items()}
 
 
-def assert_fullgraph(family: Family, model: nn.Module, backend: str) -> None:
-    """Compile an adapted model and call it in both modes with many sizes, then all again."""
+def assert_fullgraph(
+    family: Family,
+    model: nn.Module,
+    backend: str,
+    *,
+    sizes: Sequence[tuple[int, int]] = BACK_AND_FORTH,
+    output: Callable[[Any], Tensor] = main_output,
+) -> None:
+    """Compile an adapted model and call it in both modes with all sizes, then all again."""
     torch._dynamo.utils.counters.clear()
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(model, fullgraph=True, backend=counter)
@@ -36,11 +46,11 @@ def assert_fullgraph(family: Family, model: nn.Module, backend: str) -> None:
     def run(*, check: bool) -> None:
         for train in (True, False, True):
             model.train(train)
-            for inputs in calls(family):
+            for inputs in calls(family, sizes):
                 torch.manual_seed(5)
                 result = compiled(**inputs)
                 if check and not train:
-                    assert_close(main_output(result), main_output(model(**inputs)), factor=10)
+                    assert_close(output(result), output(model(**inputs)), factor=10)
                 if train:
                     loss_of(result).backward()
 

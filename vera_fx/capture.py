@@ -23,7 +23,7 @@ from torch.fx.graph import CodeGen
 from vera_fx._torch import TreeSpec
 from vera_fx.debug import run_options
 from vera_fx.errors import CaptureError, first_line
-from vera_fx.hf import checkpointing_recorded, export_patches
+from vera_fx.hf import capture_hint, checkpointing_recorded, export_patches
 from vera_fx.integers import sizes_as_integers
 from vera_fx.passes import PipelineReport, cleanup, resolve, run_passes
 from vera_fx.returned import Stateful, mark_returned
@@ -287,10 +287,12 @@ def _drop_constant_inputs(graph: Graph) -> None:
 
 def _explain(model: nn.Module, call: Call, error: BaseException) -> str:
     shown = ", ".join(call.arguments) or "no arguments"
+    hint = capture_hint(model, call.arguments)
     return (
         f"torch.export cannot capture {type(model).__name__}({shown}): "
         f"{first_line(error)}\n"
-        "  Calls whose control flow depends on tensor values, or that use unregistered types, cannot "
+        + (f"  {hint}\n" if hint else "")
+        + "  Calls whose control flow depends on tensor values, or that use unregistered types, cannot "
         "become one graph. Call a part of the model that can, or change the arguments; the full "
         "reason is the exception above."
     )

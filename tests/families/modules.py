@@ -33,5 +33,6 @@ MODULES: tuple[Member, ...] = (
         lambda: {"query": _noise(3, 5, 12), "key": _noise(3, 7, 12), "value": _noise(3, 7, 12)},
         {"target_modules": ["out_proj"]},
         oracle="folded",
+        limits={"mixed": "cuts through the rows"},
     ),
 )

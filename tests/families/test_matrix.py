@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import pytest
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING
 
 import vera_fx
 from tests.families.checks import CHECKS, compare_outputs
@@ -13,6 +14,8 @@ from tests.families.modules import MODULES
 from tests.families.seq2seq import SEQ2SEQ
 from tests.families.vision import VISION
 from tests.models import BY_NAME
+from vera_fx.architectures import DEFAULT_TARGETS
+from vera_fx.targets import is_linear, resolve_targets
 
 MEMBERS = (*DECODERS, *ENCODERS, *SEQ2SEQ, *VISION, *MODULES)
 NEW = [member for member in MEMBERS if member.name not in BY_NAME and not member.limits]
@@ -35,6 +38,20 @@ def _can_be_built(member: Member) -> None:
 @members(NEW)
 def test_outputs_in_eval_mode(member: Member) -> None:
     compare_outputs(member, train=False)
+
+
+@members([member for member in MEMBERS if member.name != "timm-vit" and member not in MODULES])
+def test_default_targets(member: Member) -> None:
+    """The query and value projections of every attention, PEFT's where PEFT has a default."""
+    model = member.build()
+    kind = model.config.model_type
+    targets = resolve_targets(model, vera_fx.VeraConfig(r=2))
+    theirs = TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING.get(kind)
+    if theirs is not None:
+        assert set(DEFAULT_TARGETS[kind]) == set(theirs)
+    ends = ("attn", "attention", "Attention")
+    layers = [p for p, m in model.named_modules() if p.endswith(ends) and not is_linear(m)]
+    assert len(targets) in {len(layers), 2 * len(layers)}
 
 
 @pytest.mark.slow
