@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 DATA = examples/data/sentiment
+TABLE = -p tests.families.table --table docs/families.md
 
-.PHONY: demo test test-all lint types bench clean
+.PHONY: demo test test-all families lint types bench clean
 
 # One stamp per set of extras; they share the virtual environment.
 $(VENV)/.%: pyproject.toml constraints.txt
@@ -19,7 +20,11 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 test-all: $(VENV)/.test
-	VERA_FX_HYPOTHESIS=deep $(BIN)/python -m pytest -n 2
+	VERA_FX_HYPOTHESIS=deep $(BIN)/python -m pytest -n 2 $(TABLE)
+
+# The matrix of model families alone, with its table.
+families: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 $(TABLE) tests/families
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -181,13 +181,20 @@ def _written(node: Node) -> list[Node]:
 
 def storage_root(node: Node) -> Node:
     """The node whose storage ``node`` may be a view of, through operators that return views."""
-    while (source := node_arg(node, 0)) is not None:
-        schema = schema_of(node)
-        returns = schema.returns if schema is not None else ()
-        if node.target is not getitem and not any(result.alias_info for result in returns):
-            break
+    while (source := node_arg(node, 0)) is not None and _may_alias(node, source):
         node = source
     return node
+
+
+def _may_alias(node: Node, source: Node) -> bool:
+    """True if ``node`` may share the storage of its first operand, or is a part of such a result."""
+    maker = source if node.target is getitem else node
+    schema = schema_of(maker)
+    returns = schema.returns if schema is not None else ()
+    if node.target is getitem and len(returns) > 1:  # topk: each result is a tensor of its own
+        returns = (returns[cast("int", node.args[1])],)
+    unknown = node.target is getitem and schema is None
+    return unknown or any(result.alias_info for result in returns)
 
 
 def schema_of(node: Node) -> Any:

@@ -11,6 +11,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from ._graph import Tag, is_call
 from ._protocol import Numerics, PassReport, Rewrite
+from .checkpoint_layers import Segment
 from .segments import Outliner, Run, apart, body_nodes, fingerprint, module_runs
 from .shared_nodes import is_numbered, lift, shared_by_layers
 
@@ -67,7 +68,7 @@ class OutlineLayers:
             return PassReport(())
         shared = shared_by_layers(gm.graph)
         nodes = [node for node in body_nodes(gm.graph) if node not in shared]
-        layers = self._equal_layers(nodes)
+        layers = self._equal_layers(gm, nodes)
         if not layers:
             return PassReport(())
         lift(shared, nodes[0])
@@ -81,7 +82,7 @@ class OutlineLayers:
             )
         )
 
-    def _equal_layers(self, nodes: Sequence[Node]) -> list[Run]:
+    def _equal_layers(self, gm: GraphModule, nodes: Sequence[Node]) -> list[Run]:
         """The outermost numbered modules of which at least ``least`` calls compute the same."""
         runs = module_runs(nodes, is_numbered)
         keys = [fingerprint(run.nodes) for run in runs]
@@ -90,9 +91,15 @@ class OutlineLayers:
             (key, run) for run, key in zip(runs, keys, strict=True) if counts[key] >= self.least
         ]
         layers = list(apart([run for _, run in equal]))
-        bodies = {key: len(run.nodes) for key, run in equal if run in layers}
-        saved = sum(len(run.nodes) for run in layers) - sum(bodies.values())
-        return layers if saved >= self.saved * len(nodes) else []
+        bodies = {key: _size(gm, run.nodes) for key, run in equal if run in layers}
+        saved = sum(_size(gm, run.nodes) for run in layers) - sum(bodies.values())
+        return layers if saved >= self.saved * _size(gm, nodes) else []
+
+
+def _size(gm: GraphModule, nodes: Sequence[Node]) -> int:
+    """How many nodes there are, with those inside segments."""
+    held = (gm.__dict__.get(str(source.target)) for node in nodes for source in node.all_input_nodes)
+    return len(nodes) + sum(len(h.body.graph.nodes) for h in held if isinstance(h, Segment))
 
 
 def is_outlined(graph: Graph) -> bool:

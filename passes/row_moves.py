@@ -4,8 +4,10 @@ import math
 from dataclasses import replace
 from typing import Any, cast
 
+import torch
 from torch.fx import Node
 
+from ._graph import tensor_of
 from .row_support import broadcast, lost, of_self, rows_of, wrapped
 from .rows import Fact, RowFacts, Rows, divided, operands, same, shape_of
 
@@ -131,7 +133,7 @@ def index(node: Node, facts: RowFacts) -> Fact:
     values = operands(node)
     indices = cast("list[Node | None]", values["indices"])
     if any(index is None for index in indices):
-        return lost(node, "mixes indices and whole dimensions")
+        return _index_of_one_dimension(node, facts, values["self"], indices)
     picked = cast("list[Node]", indices)
     ndim = max(len(shape_of(index)) for index in picked)
     rows, source = None, facts.of(values["self"])
@@ -147,6 +149,20 @@ def index(node: Node, facts: RowFacts) -> Fact:
     if isinstance(source, Rows) and source.dim >= len(picked):
         return lost(node, "mixes the rows") if rows else source.at(source.dim - len(picked) + ndim)
     return rows.under(rows.dim) if rows else lost(node, "mixes the rows")
+
+
+def _index_of_one_dimension(
+    node: Node, facts: RowFacts, source: Node, indices: list[Node | None]
+) -> Fact:
+    """``x[..., i, :]`` with the same numbers for every row, along another dimension."""
+    rows, places = facts.of(source), [n for n, index in enumerate(indices) if index is not None]
+    numbers = cast("Node", indices[places[0]])
+    is_mask = tensor_of(numbers).dtype in {torch.bool, torch.uint8}
+    if len(places) > 1 or is_mask or not isinstance(rows, Rows) or facts.of(numbers) is not None:
+        return lost(node, "mixes indices and whole dimensions")
+    if rows.dim == places[0]:
+        return lost(node, "picks rows by numbers that are not the rows' own")
+    return rows.at(rows.dim + (places[0] < rows.dim) * (len(shape_of(numbers)) - 1))
 
 
 def _is_plain(rows: Fact) -> bool:

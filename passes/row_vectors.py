@@ -91,6 +91,8 @@ class RowVectors:
     """Numbers of the inputs whose first dimension is the rows'."""
     widths: tuple[tuple[str, tuple[int, ...], torch.dtype], ...] = ()
     """The new inputs in order: name, sizes after the first dimension, dtype."""
+    tokenwise: frozenset[str] = frozenset()
+    """Paths of modules that keep rows apart although their operators do not (`row_facts`)."""
 
     numerics: ClassVar[Numerics] = Numerics.INTENDED
 
@@ -103,7 +105,7 @@ class RowVectors:
         """
         if not self.sources or self._is_done(gm):
             return PassReport(())
-        facts = row_facts(gm, self.batched)
+        facts = row_facts(gm, self.batched, self.tokenwise)
         inputs = self._add_inputs(gm, facts)
         by_path = {source.path: source for source in self.sources}
         if not _is_single(facts):

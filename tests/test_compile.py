@@ -1,15 +1,13 @@
 """torch.compile: one graph per signature, no graph break, no second recompile."""
 
-from collections.abc import Iterator
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import vera_fx
-from tests.helpers import assert_close, fill_vectors, gradients, loss_of, main_output, vectors_of
+from tests.compiling import assert_fullgraph
+from tests.helpers import assert_close, fill_vectors, gradients, loss_of, vectors_of
 from tests.models import BY_NAME, FAMILIES, Family
 
 # Inductor is exercised on two families; the others go through AOTAutograd alone, which is where
@@ -24,48 +22,10 @@ def adapted(family: Family) -> nn.Module:
     return model
 
 
-def cut(value: Any, batch: int, length: int) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    value = value[:batch]
-    return value[:, :length] if value.ndim == 2 and value.dtype == torch.int64 else value
-
-
-def calls(family: Family) -> Iterator[dict[str, Any]]:
-    """Batches and lengths back and forth, size 1 of either included."""
-    inputs = family.inputs()
-    sequences = "input_ids" in inputs
-    for batch, length in ((2, 7), (2, 5), (1, 7), (2, 7), *([(2, 1)] if sequences else [])):
-        yield {name: cut(value, batch, length) for name, value in inputs.items()}
-
-
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
 def test_fullgraph_without_breaks_or_second_recompiles(family: Family, fresh_dynamo) -> None:
-    model = adapted(family)
     backend = "inductor" if family.name in WITH_INDUCTOR else "aot_eager"
-    counter = CompileCounterWithBackend(backend)
-    compiled = torch.compile(model, fullgraph=True, backend=counter)
-
-    def run(*, check: bool) -> None:
-        for train in (True, False, True):
-            model.train(train)
-            for inputs in calls(family):
-                torch.manual_seed(5)
-                result = compiled(**inputs)
-                if check and not train:
-                    assert_close(main_output(result), main_output(model(**inputs)), factor=10)
-                if train:
-                    loss_of(result).backward()
-
-    run(check=True)
-    warm = counter.frame_count
-    with torch.compiler.set_stance("fail_on_recompile"):
-        run(check=False)
-
-    signatures = len(vera_fx.explain(model).graphs)
-    assert warm == counter.frame_count
-    assert warm <= 2 * signatures, "more than one dynamic recompile per signature"
-    assert not fresh_dynamo["graph_break"]
+    assert_fullgraph(family, adapted(family), backend)
 
 
 @pytest.mark.parametrize("name", sorted(WITH_INDUCTOR))

@@ -25,8 +25,7 @@ def advise(
     shown = ", ".join(changes[:4]) or "the state of the model"
     warnings.warn(
         f"{count} graphs of {model_name} have been captured, each for another signature of its calls. "
-        f"The last two differ in: {shown}. A number that changes from call to call, such as the length "
-        "that a sliding-window cache counts, costs a capture each time; pass it as a tensor, or use a "
-        "cache without it (model.config.sliding_window = None where sequences stay within the window).",
+        f"The last two differ in: {shown}. A number that changes from call to call costs a capture each "
+        "time; pass it as a tensor.",
         stacklevel=2,
     )

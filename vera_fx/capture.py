@@ -23,7 +23,8 @@ from torch.fx.graph import CodeGen
 from vera_fx._torch import TreeSpec
 from vera_fx.debug import run_options
 from vera_fx.errors import CaptureError, first_line
-from vera_fx.hf import checkpointing_recorded, export_patches
+from vera_fx.hf import capture_hint, checkpointing_recorded, export_patches
+from vera_fx.integers import sizes_as_integers
 from vera_fx.passes import PipelineReport, cleanup, resolve, run_passes
 from vera_fx.returned import Stateful, mark_returned
 from vera_fx.signature import Call, CallReader, map_tensors
@@ -138,7 +139,7 @@ def capture_call(model: nn.Module, forward: Any, reader: CallReader, call: Call)
 def _export(
     model: nn.Module, forward: Any, reader: CallReader, call: Call, stateful: Stateful
 ) -> ExportedProgram:
-    copies = {name: map_tensors(value, _copy) for name, value in call.arguments.items()}
+    copies = {name: map_tensors(value, _copy) for name, value in call.inputs.items()}
     inputs = {
         f"input_{i}": copies[name] for i, name in enumerate(copies) if _has_tensor(copies[name])
     }
@@ -146,8 +147,14 @@ def _export(
 
     def run(shell: nn.Module, **given: Any) -> Any:
         arguments = {**copies, **{names[key]: value for key, value in given.items()}}
+        for value in arguments.values():
+            sizes_as_integers(value)
         args, kwargs = reader.split(arguments)
-        return mark_returned(forward(shell, *args, **kwargs), stateful.pick(arguments))
+        try:
+            result = forward(shell, *args, **kwargs)
+        except Exception as error:
+            raise _Stopped from error
+        return mark_returned(result, stateful.pick(arguments))
 
     shell = _shell(model, run, list(inputs))
     try:
@@ -156,7 +163,12 @@ def _export(
                 shell, (), inputs, strict=False, dynamic_shapes=cast("Any", _dynamic_shapes(inputs))
             )
     except Exception as error:
-        raise CaptureError(_explain(model, call, error)) from error
+        reason = error.__cause__ if isinstance(error, _Stopped) and error.__cause__ else error
+        raise CaptureError(_explain(model, call, reason)) from reason
+
+
+class _Stopped(Exception):  # noqa: N818
+    """The model's forward raised; torch would print half a graph for some errors of its own."""
 
 
 def _copy(value: Tensor) -> Tensor:
@@ -273,12 +285,14 @@ def _drop_constant_inputs(graph: Graph) -> None:
             graph.erase_node(node)
 
 
-def _explain(model: nn.Module, call: Call, error: Exception) -> str:
+def _explain(model: nn.Module, call: Call, error: BaseException) -> str:
     shown = ", ".join(call.arguments) or "no arguments"
+    hint = capture_hint(model, call.arguments)
     return (
         f"torch.export cannot capture {type(model).__name__}({shown}): "
         f"{first_line(error)}\n"
-        "  Calls whose control flow depends on tensor values, or that use unregistered types, cannot "
+        + (f"  {hint}\n" if hint else "")
+        + "  Calls whose control flow depends on tensor values, or that use unregistered types, cannot "
         "become one graph. Call a part of the model that can, or change the arguments; the full "
         "reason is the exception above."
     )

@@ -2,10 +2,12 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 from torch import nn
+
+from vera_fx.hf_tracing import traceable
 
 
 def is_pretrained(model: nn.Module) -> bool:
@@ -24,14 +26,46 @@ def register_types(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def export_patches(model: nn.Module) -> Iterator[None]:
-    """Transformers' surroundings for an export: stateful attributes are put aside."""
+    """Surroundings for an export: stateful attributes put aside, code that traces well."""
     if not is_pretrained(model):
         yield
         return
     from transformers.exporters.exporter_dynamo import reset_model_state
 
-    with reset_model_state(model):
+    with reset_model_state(model), traceable():
         yield
+
+
+_EXPERTS = {"_is_expert_parallel", "is_transposed", "has_gate"}
+
+
+def tokenwise(model: nn.Module) -> frozenset[str]:
+    """Paths of mixtures of experts: stacked weights that serve every token by itself.
+
+    Their interface (``use_experts_implementation``) takes ``(tokens, width)`` and what the router
+    chose for each token, and returns ``(tokens, width)`` in the same order.
+    """
+    return frozenset(
+        path
+        for path, module in model.named_modules()
+        if vars(module).keys() >= _EXPERTS and not module._is_expert_parallel
+    )
+
+
+def capture_hint(model: nn.Module, arguments: Iterable[str]) -> str:
+    """What a user can change about a model of transformers that cannot be captured."""
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "_experts_implementation", None) == "eager":
+        return (
+            "Its experts run in a loop over those that were chosen; call "
+            'model.set_experts_implementation("grouped_mm"), which does not.'
+        )
+    if "labels" in arguments and getattr(config, "problem_type", "") is None:
+        return (
+            "Its loss may be chosen by the values of the labels; set model.config.problem_type, to "
+            '"single_label_classification" for example.'
+        )
+    return ""
 
 
 _CHECKPOINT = "_gradient_checkpointing_func"

@@ -16,6 +16,7 @@ from vera_fx.adapter import Adapter
 from vera_fx.bank import AdapterBank, Slot, bank_of
 from vera_fx.build import attribute_of
 from vera_fx.errors import AdapterError, listing, nearest
+from vera_fx.hf import tokenwise
 from vera_fx.packed import Group, Packed
 from vera_fx.passes import AdaptationPlan, Branch, Redirect, RowSource, RowVectors
 from vera_fx.targets import BANK
@@ -181,7 +182,7 @@ class Mixer:
             shape = tuple(value.shape)
             sources.append(RowSource(_held(f"copy_{number}"), f"copies_{number}", 0, shape))
             widths.append((f"copies_{number}", shape, value.dtype))
-        rows = RowVectors(tuple(sources), batched, tuple(widths))
+        rows = RowVectors(tuple(sources), batched, tuple(widths), tokenwise(self._model))
         return AdaptationPlan(targets, branches, redirects, rows)
 
     def _sources(self, group: Group) -> Iterator[RowSource]:

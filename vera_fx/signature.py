@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vera_fx._torch import TreeSpec, tree_flatten, tree_unflatten
 from vera_fx.errors import CaptureError
+from vera_fx.integers import integers_as_sizes
 
 CONSTANTS = (
     bool, int, float, complex, str, bytes, type(None), enum.Enum, slice,
@@ -30,11 +31,13 @@ class Call:
 
     Attributes:
         arguments: the arguments by name; extra positional ones as ``*0``, ``*1``...
-        leaves: all tensors in them, contiguous, in order.
+        inputs: the same as a graph takes them: open integers in objects are sizes of tensors.
+        leaves: all tensors in the inputs, contiguous, in order.
         key: the tree, the constants, and every tensor's dtype, device and sizes.
     """
 
     arguments: dict[str, Any]
+    inputs: dict[str, Any]
     leaves: list[Tensor]
     key: tuple[Hashable, ...]
 
@@ -45,7 +48,7 @@ class Call:
     def tensor_names(self) -> tuple[str, ...]:
         """For each leaf, the name of the argument that holds it."""
         return tuple(
-            name for name, value in self.arguments.items() for _ in range(_tensor_count(value))
+            name for name, value in self.inputs.items() for _ in range(_tensor_count(value))
         )
 
 
@@ -85,9 +88,10 @@ class CallReader:
             CaptureError: an argument is neither tensor, constant nor a tree of them.
         """
         arguments = self._named(args, kwargs)
+        inputs = {name: integers_as_sizes(value) for name, value in arguments.items()}
         leaves: list[Tensor] = []
         key: list[Hashable] = []
-        for name, value in arguments.items():
+        for name, value in inputs.items():
             key.append(name)
             if isinstance(value, Tensor):
                 _add_tensor(value, leaves, key)
@@ -95,7 +99,7 @@ class CallReader:
                 key += (type(value), _hashable(value))
             else:
                 _add_tree(name, value, leaves, key)
-        return Call(arguments, leaves, tuple(key))
+        return Call(arguments, inputs, leaves, tuple(key))
 
     def _named(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         names = self._positional
@@ -125,8 +129,23 @@ class CallReader:
 
 
 def _add_tensor(value: Tensor, leaves: list[Tensor], key: list[Hashable]) -> None:
-    leaves.append(value if value.is_contiguous() else value.contiguous())
+    leaves.append(_plain(value))
     key += (value.shape, value.dtype, value.device)
+
+
+def _plain(value: Tensor) -> Tensor:
+    """``value``, contiguous, with the strides of a fresh tensor, which graphs may be guarded by."""
+    if not value.is_contiguous():
+        return value.contiguous()
+    if 1 not in value.shape:
+        return value
+    # Contiguous with any stride where the size is 1: a part of a larger cache, say.
+    step = 1
+    for size, stride in zip(reversed(value.shape), reversed(value.stride()), strict=True):
+        if stride != step:
+            return value.flatten().view(value.shape)
+        step *= max(size, 1)
+    return value
 
 
 def _add_tree(name: str, value: Any, leaves: list[Tensor], key: list[Hashable]) -> None:

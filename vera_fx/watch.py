@@ -19,7 +19,8 @@ from vera_fx._torch import stamp
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, enum.Enum)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _Held = Mapping[str, Tensor | None]
-_MODULE_INTERNALS = frozenset(nn.Module().__dict__) - {"training"}
+_UNREAD = {"_previous_max_cache_length"}  # what transformers' generate notes for itself
+_IGNORED = (frozenset(nn.Module().__dict__) - {"training"}) | _UNREAD
 
 
 class StateWatch:
@@ -89,7 +90,7 @@ def _place(at: tuple[_Held, str]) -> Hashable:
 
 def _facts_of(attributes: dict[str, Any]) -> Iterator[tuple[str, Hashable]]:
     for name, value in attributes.items():
-        if name not in _MODULE_INTERNALS and (fact := _fact(value)) is not None:
+        if name not in _IGNORED and (fact := _fact(value)) is not None:
             yield name, fact
 
 
