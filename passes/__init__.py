@@ -24,6 +24,7 @@ from .choose_plans import (
     site_groups,
 )
 from .drop_metadata_asserts import DropMetadataAsserts
+from .fold_weights import FoldWeights
 from .inline_grad_mode import InlineGradMode
 from .insert_vera import Branch, InsertVera
 from .lower_branch import LowerBranch
@@ -44,6 +45,7 @@ __all__ = [
     "CheckpointLayers",
     "Choice",
     "DropMetadataAsserts",
+    "FoldWeights",
     "GraphPass",
     "InlineGradMode",
     "InsertVera",

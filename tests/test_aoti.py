@@ -93,7 +93,7 @@ def test_families(name: str, tmp_path: Path) -> None:
         run = torch._inductor.aoti_load_package(package(model, tmp_path, name, form))
         for batch, length in ((3, 7), (2, 9)):
             call = call_of(name, batch, length)
-            result = run(**call, **extra_of(model, form))["logits"]
+            result = run(**call, **extra_of(model, form, call))["logits"]
             assert_close(result, eager(hook_reference(base, model), name, call), factor=10)
             assert_far_apart(result, eager(base, name, call))
 

@@ -20,7 +20,7 @@ RUNNER = """
 import sys, torch
 folder = sys.argv[1]
 results = {}
-for form in ("merged", "constant", "input"):
+for form in ("merged", "constant", "input", "rows"):
     program = torch.export.load(f"{folder}/{form}.pt2").module()
     calls = torch.load(f"{folder}/{form}.pt")
     found = [program(**call) for call in calls]
@@ -52,7 +52,7 @@ def test_runs_where_only_torch_is_imported(name: str, tmp_path: Path) -> None:
     for form in FORMS:
         program = vera_fx.export_program(model, kwargs=example, form=form)
         vera_fx.save_program(program, tmp_path / f"{form}.pt2")
-        torch.save([call | extra_of(model, form) for call in calls], tmp_path / f"{form}.pt")
+        torch.save([call | extra_of(model, form, call) for call in calls], tmp_path / f"{form}.pt")
 
     oracle = hook_reference(base, model) if name != "bert" else model  # bert's head is trained
     for results in run_elsewhere(tmp_path).values():
@@ -72,7 +72,7 @@ def test_families(name: str) -> None:
         run = vera_fx.export_program(model, kwargs=example, form=form).module()
         for batch, length in ((3, 7), (2, 9)):
             call = call_of(name, batch, length)
-            result = run(**call, **extra_of(model, form))["logits"]
+            result = run(**call, **extra_of(model, form, call))["logits"]
             assert_close(result, eager(hook_reference(base, model), name, call), factor=5)
             assert_far_apart(result, eager(base, name, call))
 
@@ -124,7 +124,7 @@ def test_a_saved_adapter_is_the_input_as_it_is(tmp_path: Path) -> None:
 def test_saved_modules_and_biases_go_along(form: str) -> None:
     base, model = adapted("bert", bias="all", modules_to_save=["pooler"])
     program = vera_fx.export_program(model, kwargs=call_of("bert"), form=form)
-    extra = extra_of(model, form)
+    extra = extra_of(model, form, call_of("bert"))
     result = program.module()(**call_of("bert"), **extra)["logits"]
 
     assert_close(result, eager(model, "bert", call_of("bert")), factor=5)
@@ -201,7 +201,7 @@ def test_dtypes(form: str, dtype: torch.dtype) -> None:
     fill_vectors(model)
     x = torch.randn(4, 10, dtype=dtype)
     program = vera_fx.export_program(model, (x,), form=form).module()
-    extra = extra_of(model, form)
+    extra = extra_of(model, form, {"x": x})
     assert_close(program(x, **extra), model(x).detach())
 
 

@@ -29,12 +29,13 @@ from vera_fx.errors import (
     VeraFxError,
 )
 from vera_fx.explain import explain
-from vera_fx.export import export_program, program_vectors
+from vera_fx.export import export_program
 from vera_fx.lora import lora_errors, to_lora
 from vera_fx.merging import merge, unmerge
 from vera_fx.onnx_files import export_onnx
 from vera_fx.program_adapters import program_sites, replace_adapter
 from vera_fx.program_files import load_program, save_program
+from vera_fx.program_vectors import program_vectors
 from vera_fx.store import AdapterStore, StoreCounts
 
 __version__ = "0.1.0"

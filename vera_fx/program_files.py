@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from vera_fx.adapter_files import KEY_PREFIX
 from vera_fx.errors import ExportError
 from vera_fx.files import moved_into
 from vera_fx.program_projections import left_out, redraw
@@ -33,6 +34,11 @@ def manifest_of(program: Any) -> dict[str, Any]:
 def set_manifest(program: ExportedProgram, manifest: Mapping[str, Any]) -> None:
     """Keep the manifest with the program, from where `save_program` takes it."""
     program.graph_module.meta[MANIFEST] = dict(manifest)
+
+
+def constant_name(key: str) -> str:
+    """What a program calls a tensor of the adapter that a checkpoint has under ``key``."""
+    return f"vera.{key.removeprefix(KEY_PREFIX)}"
 
 
 def save_program(
@@ -110,10 +116,10 @@ def fit_vectors(
     Raises:
         ExportError: the adapter does not fit; with the first difference.
     """
-    if manifest.get("form") not in {"input", "constant"}:
+    if manifest.get("form") not in {"input", "constant", "rows"}:
         raise ExportError(
             f"the program takes no vectors: its form is {manifest.get('form', 'unknown')!r}, "
-            'not "input" or "constant"'
+            'not "input", "constant" or "rows"'
         )
     wanted: dict[str, dict[str, Any]] = manifest["vectors"]
     for key in sorted(wanted.keys() ^ vectors.keys()):

@@ -11,6 +11,7 @@ from vera_fx.passes import (
     Branch,
     CheckpointLayers,
     DropMetadataAsserts,
+    FoldWeights,
     GraphPass,
     InlineGradMode,
     InsertVera,
@@ -102,6 +103,18 @@ class Head(nn.Module):
         return self.head(x)
 
 
+class TiedHead(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(3, 5, bias=False)
+        self.head = nn.Linear(3, 5, bias=False)
+        self.head.weight = self.embed.weight
+        self.folded = Holder(head=torch.randn(5, 3))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.embed(x), self.head(x)
+
+
 class Masked(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = x[None, None]
@@ -156,6 +169,12 @@ EXAMPLES: dict[str, Example] = {
     "CheckpointLayers": Example(CheckpointLayers(frozenset({"lin"})), adapted_linear),
     "DropMetadataAsserts": Example(
         DropMetadataAsserts(), lambda: graph_of(Casts(), torch.randn(4, 3))
+    ),
+    "FoldWeights": Example(
+        FoldWeights(
+            (Target("head", 3, 5, "out_in", ("embed.weight", "head.weight")),), ("folded.head",)
+        ),
+        lambda: graph_of(TiedHead(), torch.randn(4, 3)),
     ),
     "RedirectParameters": Example(
         RedirectParameters((Redirect("head", ("head.weight",), "slot.head_weight"),)),
