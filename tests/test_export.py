@@ -1,20 +1,17 @@
 """`export_program`: programs of ATen operators that run where vera_fx is unknown."""
 
-import copy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
 from torch import Tensor, nn
 
 import vera_fx
 from tests.export_models import FORMS, adapted, call_of, eager, extra_of, fixed_of
 from tests.helpers import assert_close, assert_far_apart, fill_vectors, hook_reference
 from tests.models import MLP
-from tests.strategies import Case, cases
 
 RUNNER = """
 import sys, torch
@@ -205,22 +202,6 @@ def test_dtypes(form: str, dtype: torch.dtype) -> None:
     assert_close(program(x, **extra), model(x).detach())
 
 
-@settings(max_examples=10)
-@given(cases(min_size=1))
-def test_every_form_is_the_eager_definition(case: Case) -> None:
-    model = vera_fx.adapt(copy.deepcopy(case.model), case.config).eval()
-    fill_vectors(model)
-    expected = hook_reference(case.model.eval(), model)(case.x).detach()
-    for form in FORMS:
-        if form == "merged" and any(len(t.weights) > 1 for t in model.vera.targets.values()):
-            with pytest.raises(vera_fx.ExportError, match="is tied to"):
-                vera_fx.export_program(model, (case.x,), form=form)
-            continue
-        program = vera_fx.export_program(model, (case.x,), form=form).module()
-        extra = extra_of(model, form)
-        assert_close(program(case.x, **extra), expected, what=form)
-
-
 class TestBadInput:
     def test_forms(self) -> None:
         _, model = adapted("mlp")
@@ -277,14 +258,6 @@ class TestBadInput:
         merged = vera_fx.export_program(model, kwargs=call_of("mlp"), form="merged")
         with pytest.raises(vera_fx.ExportError, match="takes no vectors"):
             vera_fx.program_vectors(model, "default", merged)
-
-    def test_tied_weights_cannot_be_merged(self) -> None:
-        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-        model[1].weight = model[0].weight
-        vera_fx.adapt(model, vera_fx.VeraConfig(r=2, target_modules=["0"])).eval()
-        with pytest.raises(vera_fx.ExportError, match="tied to '1.weight'"):
-            vera_fx.export_program(model, (torch.ones(2, 4),))
-        vera_fx.export_program(model, (torch.ones(2, 4),), form="constant")
 
 
 class TestFiles:
