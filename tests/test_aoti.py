@@ -126,6 +126,9 @@ def test_cpp_program_runs_every_form_and_swaps_adapters(tmp_path: Path) -> None:
         elif form == "input":
             names = ("default", "other")
             calls = [[x, *vera_fx.program_vectors(model, n, run).values()] for n in names]
+        elif form == "rows":
+            stacks = vera_fx.program_vectors(model, ["default", "other"], run).values()
+            calls = [[x, *stacks, torch.full((6,), number)] for number in range(2)]
         torch.save(calls, tmp_path / "calls.pt")
         subprocess.run([runner, path, tmp_path / "calls.pt", tmp_path / "out.pt"], check=True)
         results = torch.load(tmp_path / "out.pt", weights_only=False)

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from torch import Tensor, nn
 
 import vera_fx
-from tests.export_models import FORMS, adapted, call_of, eager, fixed_of
+from tests.export_models import FORMS, adapted, call_of, eager, extra_of, fixed_of
 from tests.helpers import assert_close, assert_far_apart, fill_vectors, hook_reference
 
 
@@ -35,7 +35,6 @@ SLOW = [
 def test_every_form_equals_the_eager_definition(name: str, tmp_path: Path) -> None:
     base, model = adapted(name)
     oracle = hook_reference(base, model) if name != "bert" else model  # bert's head is trained
-    vectors = {key: value.numpy() for key, value in vera_fx.program_vectors(model).items()}
     for form in FORMS:
         example = {**call_of(name), **fixed_of(name)}
         path = vera_fx.export_onnx(model, tmp_path / f"{form}.onnx", kwargs=example, form=form)
@@ -43,7 +42,9 @@ def test_every_form_equals_the_eager_definition(name: str, tmp_path: Path) -> No
         for batch, length in ((3, 7), (2, 9), (5, 4)):
             # The first row of every call starts with padding, whose queries look at no key.
             call = call_of(name, batch, length)
-            result = run(session, call, vectors if form == "input" else None)
+            extra = extra_of(model, form, call)
+            vectors = extra.pop("vectors", None)
+            result = run(session, {**call, **extra}, vectors)
             assert_close(result, eager(oracle, name, call), factor=10, what=form)
             assert_far_apart(result, eager(base, name, call))
 

@@ -28,6 +28,7 @@ from vera_fx.errors import (
     TargetError,
     VeraFxError,
 )
+from vera_fx.executorch_files import export_executorch, export_executorch_data
 from vera_fx.explain import explain
 from vera_fx.export import export_program
 from vera_fx.lora import lora_errors, to_lora
@@ -62,6 +63,8 @@ __all__ = [
     "disable_adapters",
     "explain",
     "export_aoti",
+    "export_executorch",
+    "export_executorch_data",
     "export_onnx",
     "export_program",
     "load_adapter",

@@ -24,10 +24,16 @@ def manifest_of(program: Any) -> dict[str, Any]:
     """What the program was made from; empty for a program that vera_fx has not made or loaded.
 
     Args:
-        program: an ``ExportedProgram``, or an AOTInductor package as torch loads it.
+        program: an ``ExportedProgram``, an AOTInductor package as torch loads it, an ExecuTorch program
+            as its runtime loads it, or a manifest.
     """
+    if isinstance(program, Mapping):
+        return dict(program)
     if isinstance(program, ExportedProgram):
         return program.graph_module.meta.get(MANIFEST, {})
+    if hasattr(program, "load_method"):
+        known = MANIFEST in program.method_names
+        return json.loads(program.load_method(MANIFEST).execute([])[0]) if known else {}
     return json.loads(program.get_metadata().get(MANIFEST, "{}"))
 
 

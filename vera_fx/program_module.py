@@ -184,8 +184,9 @@ def _shapes(program: ProgramModule, arguments: Mapping[str, Any], asked: Any) ->
     shapes = {name: _auto(value) for name, value in arguments.items()}
     given = shapes if asked == AUTO else dict.fromkeys(arguments) | dict(asked or {})
     if program.stacked:
-        # How many adapters there are is never fixed; the index has as many rows as the call.
-        given[VECTORS] = {key: {0: Dim.AUTO} for key in arguments[VECTORS]}
+        # How many adapters there are stays open; the index has as many rows as the call.
+        number = given[VECTORS] if isinstance(given[VECTORS], Dim) else Dim.AUTO
+        given[VECTORS] = {key: {0: number} for key in arguments[VECTORS]}
         given[INDEX] = shapes[INDEX] if asked is not None else None
     elif VECTORS in arguments:
         given[VECTORS] = dict.fromkeys(arguments[VECTORS])
