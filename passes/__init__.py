@@ -23,6 +23,7 @@ from .choose_plans import (
     choose_plans,
     site_groups,
 )
+from .contiguous_attention import ContiguousAttention
 from .drop_metadata_asserts import DropMetadataAsserts
 from .fold_weights import FoldWeights
 from .inline_grad_mode import InlineGradMode
@@ -44,6 +45,7 @@ __all__ = [
     "Branch",
     "CheckpointLayers",
     "Choice",
+    "ContiguousAttention",
     "DropMetadataAsserts",
     "FoldWeights",
     "GraphPass",

@@ -88,6 +88,7 @@ def emit(
     *,
     like: Node,
     tag: Tag,
+    kwargs: dict[str, Any] | None = None,
 ) -> Node:
     """Insert a call at the graph's current insertion point, with true metadata.
 
@@ -97,11 +98,12 @@ def emit(
         args: its arguments; nodes, constants or nested sequences of them.
         like: node whose provenance (module stack, source line) the new node inherits.
         tag: which pass made the node, for which site, in which role.
+        kwargs: keyword arguments of the operator; no nodes.
     """
-    node = gm.graph.create_node("call_function", target, args, name=tag.role or None)
+    node = gm.graph.create_node("call_function", target, args, kwargs, name=tag.role or None)
     fake_args = map_arg(args, value_of)
     with torch.no_grad(), fake_mode_of(like):
-        node.meta["val"] = target(*fake_args)
+        node.meta["val"] = target(*fake_args, **(kwargs or {}))
     for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
         if key in like.meta:
             node.meta[key] = like.meta[key]

@@ -127,14 +127,17 @@ def test_a_backend(tmp_path: Path) -> None:
     _, model = adapted("mlp")
     parts = [xnnpack.XnnpackPartitioner()]
     call = call_of("mlp")
-    for form in ("merged", "input"):
-        path = export(model, "mlp", tmp_path / "m.pte", form, partitioners=parts)
+    for form in FORMS:
+        path = export(model, "mlp", tmp_path / f"{form}.pte", form, partitioners=parts)
         assert b"XnnpackBackend" in path.read_bytes()
-        result = run(method(path), call, extra_of(model, form, call))
+        loaded = method(path, tmp_path / "constant.ptd" if form == "constant" else None)
+        result = run(loaded, call, extra_of(model, form, call))
         assert_close(result, eager(model, "mlp", call), factor=10)
-    with pytest.raises(vera_fx.ExportError, match=r"a partitioner took vera\.lin.*lambda"):
-        export(model, "mlp", tmp_path / "constant.pte", "constant", partitioners=parts)
-    assert not (tmp_path / "constant.pte").exists()
+    # A trained bias belongs to the adapter, and XNNPACK takes it into its part of the program.
+    _, biased = adapted("mlp", bias="all")
+    with pytest.raises(vera_fx.ExportError, match=r"a partitioner took vera\.lin.*bias into"):
+        export(biased, "mlp", tmp_path / "biased.pte", "constant", partitioners=parts)
+    assert not (tmp_path / "biased.pte").exists()
 
 
 class TestBadInput:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from vera_fx.errors import ExportError, first_line
-from vera_fx.export import export_program
+from vera_fx.export import export_call
 from vera_fx.files import moved_into
+from vera_fx.passes import ContiguousAttention
 from vera_fx.program_files import MANIFEST, manifest_of
 from vera_fx.program_module import AUTO
 from vera_fx.program_vectors import program_vectors
@@ -65,8 +66,10 @@ def export_executorch(  # noqa: PLR0913
     if target.suffix != ".pte":
         raise ExportError(f"{target} must end in .pte, the suffix of ExecuTorch's programs")
     _require()
-    program = export_program(
-        model, args, kwargs, adapter=adapter, form=form, dynamic_shapes=dynamic_shapes
+    call = tuple(args), dict(kwargs or {})
+    passes = (ContiguousAttention(),)
+    program = export_call(
+        model, call, adapter=adapter, form=form, dynamic_shapes=dynamic_shapes, passes=passes
     )
     lowered = _lower(program, target.stem, partitioners)
     try:

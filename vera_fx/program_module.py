@@ -19,7 +19,7 @@ from torch.fx.traceback import preserve_node_meta
 from vera_fx._torch import tree_flatten, tree_map
 from vera_fx.capture import Capture
 from vera_fx.errors import ExportError, first_line
-from vera_fx.passes import resolve
+from vera_fx.passes import resolve, tag_of
 from vera_fx.plain_output import plain_result
 
 AUTO = "auto"
@@ -104,7 +104,21 @@ def own(
             value = resolve(graph, node.target) if read is None else read.value
             node.target = node.target if read is None else read.name
             _put(program, node.target, _snapshot(value, copies))
+        elif (tag := tag_of(node)) is not None and tag.made_by == "InsertVera":
+            _move_out(node)
     return program, inputs
+
+
+def _move_out(node: Node) -> None:
+    """Say that a branch is computed beside its target, by the target's parent.
+
+    Readers of programs take every product in a linear module for the module's own: backends of
+    ExecuTorch and quantisers look for them by this path, as our search for sites does.
+    """
+    stack = dict(node.meta.get("nn_module_stack") or {})
+    if stack:
+        stack.popitem()
+        node.meta["nn_module_stack"] = stack
 
 
 def _make_inputs(graph: Graph, reads: Mapping[str, Read]) -> None:

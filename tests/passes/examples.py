@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 from vera_fx.passes import (
     Branch,
     CheckpointLayers,
+    ContiguousAttention,
     DropMetadataAsserts,
     FoldWeights,
     GraphPass,
@@ -115,6 +116,12 @@ class TiedHead(nn.Module):
         return self.embed(x), self.head(x)
 
 
+class Attends(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x[None, None]
+        return nn.functional.scaled_dot_product_attention(rows, rows, rows)
+
+
 class Masked(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = x[None, None]
@@ -179,6 +186,9 @@ EXAMPLES: dict[str, Example] = {
     "RedirectParameters": Example(
         RedirectParameters((Redirect("head", ("head.weight",), "slot.head_weight"),)),
         lambda: graph_of(Head(), torch.randn(4, 3)),
+    ),
+    "ContiguousAttention": Example(
+        ContiguousAttention(), lambda: graph_of(Attends(), torch.randn(4, 3))
     ),
     "InsertVera": Example(one_target(), lambda: graph_of(OneLinear(), torch.randn(4, 3))),
     "RowVectors": Example(
