@@ -159,8 +159,8 @@ class TestBadInput:
         program = program_of(model, "mlp")
         call, vectors = call_of("mlp", 4), vera_fx.program_vectors(model, NAMES, program)
         for outside in (3, -1):
+            index = torch.tensor([0, 1, outside, 2])
             with pytest.raises(RuntimeError, match="adapter_index has an entry that is not"):
-                index = torch.tensor([0, 1, outside, 2])
                 program.module()(**call, vectors=vectors, adapter_index=index)
         index, first = torch.zeros(4, dtype=torch.int64), next(iter(vectors))
         for wrong, reason in (

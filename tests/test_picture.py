@@ -42,7 +42,7 @@ def test_32_layers_fold_into_one_block() -> None:
     report = explained(Deep(32), torch.ones(4, 6), target_modules=["q", "v", "head"])
     folded = blocks(report, report.graphs[0])
     titles = ["layers.0 … 31  (32 equal layers)", "outside of layers"]
-    assert [(block.title, block.layers) for block in folded] == list(zip(titles, (32, 1)))
+    assert [(block.title, block.layers) for block in folded] == [(titles[0], 32), (titles[1], 1)]
     assert [[row.name for row in block.rows] for block in folded] == [["q", "v"], ["head"]]
     assert len(report.graphs[0].sites) == 65
     words = texts(report.svg())

@@ -2,16 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 from torch import Tensor, nn
 
 from vera_fx.bank import AdapterBank
 from vera_fx.capture import Capture
-from vera_fx.passes import PipelineReport, Target
 from vera_fx.page import html_of
+from vera_fx.passes import PipelineReport, Target
 from vera_fx.picture import svg_of
-from vera_fx.projections import Projections
 from vera_fx.runtime import Variant, require_adapted, runtime_of
 
 _PLAN_PASSES = ("MergeWeight", "ScaleBranch")
@@ -56,7 +54,7 @@ class Explanation:
         model: the model's class.
         adapters: names of all adapters.
         active: names of those that compute.
-        projections: ``(r, max_in, max_out)`` of each pair of projections that adapters share.
+        projections: ``(r, max_in, max_out)`` of each pair of projections, as graphs read it.
         targets: one row per target.
         graphs: one row per adapted graph.
     """
@@ -138,7 +136,7 @@ def explain(model: nn.Module) -> Explanation:
         model=type(model).__name__,
         adapters=tuple(bank.adapters),
         active=bank.computing(),
-        projections=tuple(_sizes(pair) for pair in bank.projections.values()),
+        projections=tuple((*A.shape, B.shape[0]) for A, B in map(bank.padded, bank.projections)),
         targets=tuple(_target_row(bank, target) for target in bank.targets.values()),
         graphs=tuple(
             _graph_row(capture, variant)
@@ -147,11 +145,6 @@ def explain(model: nn.Module) -> Explanation:
             for variant in by_plans.values()
         ),
     )
-
-
-def _sizes(pair: nn.Module) -> tuple[int, int, int]:
-    held = cast("Projections", pair)
-    return held.r, held.vera_A.shape[1], held.vera_B.shape[0]
 
 
 def _target_row(bank: AdapterBank, target: Target) -> TargetRow:

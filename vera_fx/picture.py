@@ -172,15 +172,19 @@ def _row(row: Row, y: int) -> list[str]:
     colour, formula, _ = FORMULAS[row.plan]
     return [
         f"<g><title>{escape(row.name)}</title>{_text(_NAME, y + 13, _short(row.name))}</g>",
-        f'<rect x="{_BEFORE}" y="{y}" width="{_BOX}" height="{_BAR}" rx="3" class="base"/>',
+        _bar(_BEFORE, y, _BOX, "base"),
         _text(_BEFORE + 6, y + 13, base),
-        f'<rect x="{_AFTER}" y="{y}" width="{_WIDE}" height="{_BAR}" rx="3" fill="{colour}" '
-        'class="site"/>',
+        _bar(_AFTER, y, _WIDE, "site", f' fill="{colour}"'),
         _text(_AFTER + 6, y + 13, f"{base}  {formula}", "on"),
         _text(_AFTER + _WIDE - 6, y + 13, row.plan, "on end"),
         _text(_FROZEN, y + 13, f"{row.in_features * row.out_features:,}", "end"),
         _text(_TRAINED, y + 13, f"{row.vectors:,}", "end"),
     ]
+
+
+def _bar(x: int, y: int, width: int, kind: str, fill: str = "") -> str:
+    size = f'width="{width}" height="{_BAR}"'
+    return f'<rect x="{x}" y="{y}" {size} rx="3" class="{kind}"{fill}/>'
 
 
 def _bracket(tops: Sequence[int]) -> list[str]:
