@@ -18,7 +18,7 @@ from tests.helpers import assert_close, assert_far_apart, fill_vectors, hook_ref
 pytest.importorskip("executorch.runtime", reason="ExecuTorch is not installed")
 
 
-def export(model: Any, name: str, path: Path, form: str, sizes=(3, 7), **options: Any) -> Path:
+def export(model: Any, name: str, path: Path, form: str, sizes=(4, 7), **options: Any) -> Path:
     example = {**call_of(name, *sizes), **fixed_of(name)}
     return vera_fx.export_executorch(model, path, kwargs=example, form=form, **options)
 
@@ -44,7 +44,7 @@ def test_every_form_equals_the_eager_definition(name: str, tmp_path: Path) -> No
         path = export(model, name, tmp_path / f"{form}.pte", form)
         data = tmp_path / "constant.ptd" if form == "constant" else None
         loaded = method(path, data)
-        for batch, length in ((3, 7), (2, 4), (1, 3)):
+        for batch, length in ((4, 7), (2, 5), (1, 3)):
             call = call_of(name, batch, length)
             result = run(loaded, call, extra_of(model, form, call))
             assert_close(result, eager(oracle, name, call), factor=10, what=form)
@@ -103,6 +103,14 @@ def test_sizes_up_to_the_examples_or_to_a_bound(tmp_path: Path) -> None:
     shapes = {"x": {0: Dim("batch", min=1, max=8)}}
     path = export(model, "mlp", tmp_path / "m.pte", "merged", dynamic_shapes=shapes)
     assert_close(run(method(path), call), eager(model, "mlp", call), factor=5)
+
+
+@pytest.mark.slow
+def test_a_size_that_lowering_fixes_is_refused(tmp_path: Path) -> None:
+    _, model = adapted("gpt2")
+    with pytest.raises(vera_fx.ExportError, match="fixes dimension 0 of input .* to 3"):
+        export(model, "gpt2", tmp_path / "m.pte", "merged", sizes=(3, 7))
+    assert not list(tmp_path.iterdir())
 
 
 def test_rows_have_adapters_of_their_own(tmp_path: Path) -> None:

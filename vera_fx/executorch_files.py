@@ -1,5 +1,8 @@
 """An adapted model as an ExecuTorch program, with the adapter's data in a file of its own."""
 
+# pyright: reportMissingImports=false
+# ExecuTorch is no part of the development environment.
+
 import json
 import os
 import warnings
@@ -9,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from vera_fx.errors import ExportError, first_line
 from vera_fx.export import export_call
@@ -167,12 +172,34 @@ def _lower(program: Any, stem: str, partitioners: Sequence[Any]) -> Any:
             f"ExecuTorch cannot lower this program: {first_line(error)}\n"
             "  The full reason is the exception above."
         ) from error
+    _check_sizes(program, edge.exported_program())
     if constant and apart != names:
         raise ExportError(
             f"a partitioner took {min(names - apart)} into its backend's part of the program, from "
             'where no other adapter can take its place; use form="input", or no partitioner'
         )
     return lowered
+
+
+def _check_sizes(program: ExportedProgram, lowered: ExportedProgram) -> None:
+    """Refuse a program in which lowering has fixed a size.
+
+    torch decides comparisons of sizes and strides by the example's numbers: where a batch of 3 meets
+    a product of width 3 * hidden, it may take the two for one.
+    """
+    for name in program.graph_signature.user_inputs:
+        before, after = (_value(graph, name) for graph in (program.graph, lowered.graph))
+        for dim, (size, now) in enumerate(zip(before.shape, after.shape, strict=True)):
+            if isinstance(size, torch.SymInt) and is_concrete_int(now):
+                raise ExportError(
+                    f"ExecuTorch's lowering fixes dimension {dim} of input {name} to {int(now)}, which the "
+                    "program leaves open; give an example call with another size there, or fix it "
+                    "by dynamic_shapes"
+                )
+
+
+def _value(graph: fx.Graph, name: object) -> Tensor:
+    return next(n.meta["val"] for n in graph.nodes if n.op == "placeholder" and n.name == name)
 
 
 def _flat_tensors(tensors: Mapping[str, Tensor]) -> Any:

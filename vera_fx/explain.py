@@ -136,7 +136,7 @@ def explain(model: nn.Module) -> Explanation:
         model=type(model).__name__,
         adapters=tuple(bank.adapters),
         active=bank.computing(),
-        projections=tuple((*A.shape, B.shape[0]) for A, B in map(bank.padded, bank.projections)),
+        projections=tuple(map(_sizes, map(bank.padded, bank.projections))),
         targets=tuple(_target_row(bank, target) for target in bank.targets.values()),
         graphs=tuple(
             _graph_row(capture, variant)
@@ -145,6 +145,11 @@ def explain(model: nn.Module) -> Explanation:
             for variant in by_plans.values()
         ),
     )
+
+
+def _sizes(pair: tuple[Tensor, Tensor]) -> tuple[int, int, int]:
+    A, B = pair
+    return A.shape[0], A.shape[1], B.shape[0]
 
 
 def _target_row(bank: AdapterBank, target: Target) -> TargetRow:

@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 
 from vera_fx.adapter_files import KEY_PREFIX
 from vera_fx.errors import ExportError
-from vera_fx.files import moved_into
+from vera_fx.files import archive_at, moved_into
 from vera_fx.program_projections import left_out, redraw
 
 MANIFEST = "vera_fx"
@@ -77,10 +77,13 @@ def save_program(
     extra = {_FILE: json.dumps(manifest)}
     without = contextlib.nullcontext() if projections else left_out(program, known)
     try:
-        with without, moved_into(target.parent) as aside:
-            torch.export.save(program, aside / target.name, extra_files=extra)
-    # torch's writer reports a full disk as a RuntimeError.
-    except (OSError, RuntimeError) as error:
+        with (
+            without,
+            moved_into(target.parent) as aside,
+            archive_at(aside / target.name) as archive,
+        ):
+            torch.export.save(program, archive, extra_files=extra)
+    except OSError as error:
         raise ExportError(f"the program could not be saved to {target}: {error}") from error
     return target
 
