@@ -3,18 +3,23 @@
 pip install 'vera-fx[demo,onnx]' onnxruntime
 python examples/finetune.py                  # trains out/adapter
 python examples/export.py                    # every form: same predictions? sizes, load and run times
+
+AOTInductor needs a C++ compiler and a minute for each form; without one its forms are left out.
 """
 
 import json
-import subprocess
+import shutil
+import statistics
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
+from export_runners import Runner
 from finetune import HERE, Batches, bundled_model, load_base
 from rich.console import Console
 from rich.table import Table
@@ -23,107 +28,113 @@ from transformers import AutoTokenizer, logging
 
 import vera_fx
 
-console = Console()
-
-TORCH = """
-import json, sys, time, torch
-torch.set_num_threads(1)
-program, calls, results = sys.argv[1:]
-calls = torch.load(calls)
-start = time.perf_counter()
-run = torch.export.load(program).module()
-loaded = time.perf_counter()
-with torch.no_grad():
-    run(**calls[0])
-    begin = time.perf_counter()
-    logits = torch.cat([run(**call)["logits"] for call in calls])
-end = time.perf_counter()
-torch.save(logits, results)
-unwanted = {"vera_fx", "transformers", "peft"} & set(sys.modules)
-assert not unwanted, unwanted
-print(json.dumps([loaded - start, end - begin]))
-"""
-
-ONNX = """
-import json, sys, time, numpy, onnxruntime
-program, calls, results = sys.argv[1:]
-calls = numpy.load(calls, allow_pickle=True)["calls"]
-options = onnxruntime.SessionOptions()
-options.intra_op_num_threads = 1
-start = time.perf_counter()
-session = onnxruntime.InferenceSession(program, options, providers=["CPUExecutionProvider"])
-loaded = time.perf_counter()
-session.run(None, calls[0])
-begin = time.perf_counter()
-logits = numpy.concatenate([session.run(None, call)[0] for call in calls])
-end = time.perf_counter()
-numpy.save(results, logits)
-unwanted = {"vera_fx", "transformers", "torch"} & set(sys.modules)
-assert not unwanted, unwanted
-print(json.dumps([loaded - start, end - begin]))
-"""
+FORMS = ("merged", "constant", "input", "rows")
+console = Console(width=120)
 
 
-def elsewhere(code: str, *paths: Path) -> tuple[float, float]:
-    """Run ``code`` in an interpreter of its own; returns the seconds to load and to run."""
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", code, *paths], check=True, stdout=subprocess.PIPE, text=True
-    )
-    loaded, ran = json.loads(done.stdout)
-    return loaded, ran
+def export(model: Any, runtime: str, form: str, call: dict, path: Path) -> Path:
+    """Write one form for one runtime."""
+    if runtime == "onnxruntime":
+        return vera_fx.export_onnx(model, path.with_suffix(".onnx"), kwargs=call, form=form)
+    if runtime == "AOTInductor":
+        return vera_fx.export_aoti(model, path.with_suffix(".pt2"), kwargs=call, form=form)
+    program = vera_fx.export_program(model, kwargs=call, form=form)
+    return vera_fx.save_program(program, path.with_suffix(".pt2"))
 
 
-def run_torch(model: Any, form: str, calls: list[dict], folder: Path) -> tuple[Any, ...]:
-    """Export a torch program and run it; returns its size, the two times and the logits."""
-    program = vera_fx.export_program(model, kwargs=calls[0], form=form)
-    path = vera_fx.save_program(program, folder / f"{form}.pt2")
-    extra = {"vectors": vera_fx.program_vectors(model)} if form == "input" else {}
-    torch.save([{**call, **extra} for call in calls], folder / "calls.pt")
-    times = elsewhere(TORCH, path, folder / "calls.pt", folder / "logits.pt")
-    return path.stat().st_size, *times, torch.load(folder / "logits.pt")
+def arrays(model: Any, form: str, call: dict) -> dict[str, Any]:
+    """A call with what the form takes besides, as NumPy arrays."""
+    found = {name: tensor.numpy() for name, tensor in call.items()}
+    if form in {"input", "rows"}:
+        names = ["__base__", "default"] if form == "rows" else None
+        vectors = vera_fx.program_vectors(model, names)
+        found["vectors"] = {name: tensor.numpy() for name, tensor in vectors.items()}
+    if form == "rows":
+        found["adapter_index"] = np.ones(len(call["input_ids"]), dtype=np.int64)
+    return found
 
 
-def run_onnx(model: Any, form: str, calls: list[dict], folder: Path) -> tuple[Any, ...]:
-    """The same with an ONNX file in onnxruntime."""
-    path = vera_fx.export_onnx(model, folder / f"{form}.onnx", kwargs=calls[0], form=form)
-    extra = vera_fx.program_vectors(model) if form == "input" else {}
-    fed = [{name: x.numpy() for name, x in {**call, **extra}.items()} for call in calls]
-    np.savez(folder / "calls.npz", calls=np.array(fed, dtype=object))
-    times = elsewhere(ONNX, path, folder / "calls.npz", folder / "logits.npy")
-    return path.stat().st_size, *times, torch.from_numpy(np.load(folder / "logits.npy"))
+def programs(
+    model: Any, calls: list[dict], folder: Path, *, reuse: bool
+) -> Iterator[tuple[str, Path, Runner]]:
+    """Every form for every runtime: its name, its file and an interpreter that runs it."""
+    runtimes = ["torch", "onnxruntime"] + ["AOTInductor"] * (shutil.which("g++") is not None)
+    for runtime in runtimes:
+        for form in FORMS:
+            path = folder / f"{runtime}_{form}"
+            files = [p for p in folder.glob(f"{path.name}.*") if p.suffix in {".pt2", ".onnx"}]
+            start = time.perf_counter()
+            made = files[0] if reuse and files else export(model, runtime, form, calls[0], path)
+            console.print(f"{runtime}, {form}: {time.perf_counter() - start:.0f} s to export")
+            yield (
+                f"{runtime}, {form}",
+                made,
+                Runner(runtime, made, [arrays(model, form, c) for c in calls]),
+            )
 
 
-@torch.no_grad()
-def eager(model: Any, calls: list[dict]) -> tuple[float, torch.Tensor]:
-    """Seconds and logits of the adapted model itself."""
-    model(**calls[0])
-    begin = time.perf_counter()
-    logits = torch.cat([model(**call).logits for call in calls])
-    return time.perf_counter() - begin, logits
+def here(model: Any, calls: list[dict]) -> Callable[[], float]:
+    """All calls by a model in this process; the function returns the seconds."""
+
+    @torch.no_grad()
+    def run() -> float:
+        start = time.perf_counter()
+        for call in calls:
+            model(**call)
+        return time.perf_counter() - start
+
+    return run
 
 
-def report(model: Any, calls: list[dict], folder: Path) -> bool:
+def interleaved(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every run, all in turns; the first round warms up and is not counted."""
+    found = [{name: run() for name, run in runs.items()} for _ in range(rounds + 1)][1:]
+    return {name: [times[name] for times in found] for name in runs}
+
+
+def quartiles(seconds: list[float], unit: float) -> str:
+    """Median and quartiles as multiples of ``unit``."""
+    low, middle, high = (q / unit for q in statistics.quantiles(seconds, n=4))
+    return f"{middle:.2f} ({low:.2f}-{high:.2f})"
+
+
+def report(model: Any, calls: list[dict], folder: Path, rounds: int, *, reuse: bool) -> bool:
     """Export and run every form; prints a table and returns whether all predictions agree."""
-    seconds, expected = eager(model, calls)
-    table = Table("form", "file", "load", "run / eager", "largest difference", "predictions")
-    table.add_row("eager, adapted", "", "", "1.00", "", "")
-    same = True
-    for name, run in (("torch", run_torch), ("onnxruntime", run_onnx)):
-        for form in ("merged", "constant", "input"):
-            size, loaded, ran, logits = run(model, form, calls, folder)
-            agree = torch.equal(logits.argmax(-1), expected.argmax(-1))
-            same &= agree
-            distance = f"{(logits - expected).abs().max().item():.1e}"
-            row = (f"{size / 2**20:.1f} MiB", f"{1e3 * loaded:.0f} ms", f"{ran / seconds:.2f}")
-            table.add_row(f"{name}, {form}", *row, distance, "same" if agree else "OTHER")
+    with torch.no_grad():
+        expected = torch.cat([model(**call).logits for call in calls]).numpy()
+    runs: dict[str, Callable[[], float]] = {"eager, adapted": here(model, calls)}
+    runs["compiled, adapted"] = here(torch.compile(model, dynamic=True), calls)
+    found = {
+        name: (path, runner) for name, path, runner in programs(model, calls, folder, reuse=reuse)
+    }
+    seconds = interleaved(runs | {name: runner for name, (_, runner) in found.items()}, rounds)
+    unit = statistics.median(seconds["eager, adapted"])
+    table = Table(
+        "form", "file", "load", "run / eager (quartiles)", "largest difference", "predictions"
+    )
+    rows: dict[str, Any] = {}
+    for name, times in seconds.items():
+        cells, row = ["", "", quartiles(times, unit), "", ""], {"seconds": times}
+        if name in found:
+            path, runner = found[name]
+            logits = runner.logits()
+            row |= {"bytes": path.stat().st_size, "loaded": runner.loaded}
+            row["same"] = bool((logits.argmax(-1) == expected.argmax(-1)).all())
+            cells[:2] = f"{row['bytes'] / 2**20:.1f} MiB", f"{runner.loaded:.1f} s"
+            cells[3:] = f"{abs(logits - expected).max():.1e}", "same" if row["same"] else "OTHER"
+        rows[name] = row
+        table.add_row(name, *cells)
     console.print(table)
-    return same
+    (folder / "export.json").write_text(json.dumps(rows, indent=2) + "\n")
+    return all(row.get("same", True) for row in rows.values())
 
 
 def main(
     adapter: Annotated[Path, typer.Option(help="folder of the adapter")] = Path("out/adapter"),
     output: Annotated[Path, typer.Option(help="where the programs go")] = Path("out/programs"),
     sentences: Annotated[int, typer.Option(min=64, help="held-out sentences to run")] = 512,
+    rounds: Annotated[int, typer.Option(min=2, help="how often each form is timed")] = 5,
+    reuse: Annotated[bool, typer.Option(help="run the files of the last export")] = False,
 ) -> None:
     """Export the classifier that finetune.py has trained and check its predictions elsewhere."""
     logging.set_verbosity_error()
@@ -141,7 +152,7 @@ def main(
         for call in calls:
             call.pop("labels")
         output.mkdir(parents=True, exist_ok=True)
-        same = report(model, calls, output)
+        same = report(model, calls, output, rounds, reuse=reuse)
     except (DataError, OSError, vera_fx.VeraFxError) as error:
         console.print(f"error: {error}", style="red", markup=False)
         sys.exit(2)

@@ -25,7 +25,9 @@ from .choose_plans import (
     choose_plans,
     site_groups,
 )
+from .contiguous_attention import ContiguousAttention
 from .drop_metadata_asserts import DropMetadataAsserts
+from .fold_weights import FoldWeights
 from .inline_grad_mode import InlineGradMode
 from .insert_vera import Branch, InsertVera
 from .lower_branch import LowerBranch
@@ -46,8 +48,10 @@ __all__ = [
     "Branch",
     "CheckpointLayers",
     "Choice",
+    "ContiguousAttention",
     "Costs",
     "DropMetadataAsserts",
+    "FoldWeights",
     "GraphPass",
     "InlineGradMode",
     "InsertVera",

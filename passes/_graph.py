@@ -82,7 +82,7 @@ def resolve(root: object, target: str) -> Any:
     return root
 
 
-def emit(
+def emit(  # noqa: PLR0913 - what a node is takes that many words
     gm: GraphModule,
     target: Callable[..., Any],
     args: tuple[Any, ...],
@@ -91,6 +91,7 @@ def emit(
     tag: Tag,
     shape: Sequence[Any] | None = None,
     dtype: torch.dtype | None = None,
+    kwargs: dict[str, Any] | None = None,
 ) -> Node:
     """Insert a call at the graph's current insertion point, with true metadata.
 
@@ -105,11 +106,12 @@ def emit(
         tag: which pass made the node, for which site, in which role.
         shape: the result's sizes, if they are known.
         dtype: the result's dtype, with ``shape``; None for that of the first argument.
+        kwargs: keyword arguments of the operator; no nodes.
     """
-    node = gm.graph.create_node("call_function", target, args, name=tag.role or None)
+    node = gm.graph.create_node("call_function", target, args, kwargs, name=tag.role or None)
     with torch.no_grad(), fake_mode_of(like):
         if shape is None:
-            node.meta["val"] = target(*map_arg(args, value_of))
+            node.meta["val"] = target(*map_arg(args, value_of), **(kwargs or {}))
         else:
             node.meta["val"] = tensor_of(args[0]).new_empty(tuple(shape), dtype=dtype)
     for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):

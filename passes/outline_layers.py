@@ -98,7 +98,9 @@ class OutlineLayers:
 
 def _size(gm: GraphModule, nodes: Sequence[Node]) -> int:
     """How many nodes there are, with those inside segments."""
-    held = (gm.__dict__.get(str(source.target)) for node in nodes for source in node.all_input_nodes)
+    held = (
+        gm.__dict__.get(str(source.target)) for node in nodes for source in node.all_input_nodes
+    )
     return len(nodes) + sum(len(h.body.graph.nodes) for h in held if isinstance(h, Segment))
 
 

@@ -1,6 +1,7 @@
 """Adapted models and calls that the export tests share."""
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,8 +9,9 @@ from torch import Tensor, nn
 import vera_fx
 from tests.helpers import fill_vectors, main_output
 from tests.models import BY_NAME, tokens
+from vera_fx.mixed import BASE
 
-FORMS = ("merged", "constant", "input")
+FORMS = ("merged", "constant", "input", "rows")
 
 
 def adapted(name: str, **config) -> tuple[nn.Module, nn.Module]:
@@ -47,5 +49,13 @@ def eager(model: nn.Module, name: str, call: dict[str, Tensor]) -> Tensor:
         return main_output(model(**call, **fixed_of(name)))
 
 
-def extra_of(model: nn.Module, form: str) -> dict[str, dict[str, Tensor]]:
-    return {"vectors": vera_fx.program_vectors(model)} if form == "input" else {}
+def extra_of(model: nn.Module, form: str, call: dict[str, Tensor]) -> dict[str, Any]:
+    """What a program of that form takes beside the call, for the active adapter in every row."""
+    if form == "input":
+        return {"vectors": vera_fx.program_vectors(model)}
+    if form == "rows":
+        (name,) = vera_fx.active_adapters(model)
+        rows = len(next(iter(call.values())))
+        stacked = vera_fx.program_vectors(model, [BASE, name])
+        return {"vectors": stacked, "adapter_index": torch.ones(rows, dtype=torch.int64)}
+    return {}

@@ -93,7 +93,7 @@ def test_families(name: str, tmp_path: Path) -> None:
         run = torch._inductor.aoti_load_package(package(model, tmp_path, name, form))
         for batch, length in ((3, 7), (2, 9)):
             call = call_of(name, batch, length)
-            result = run(**call, **extra_of(model, form))["logits"]
+            result = run(**call, **extra_of(model, form, call))["logits"]
             assert_close(result, eager(hook_reference(base, model), name, call), factor=10)
             assert_far_apart(result, eager(base, name, call))
 
@@ -126,6 +126,9 @@ def test_cpp_program_runs_every_form_and_swaps_adapters(tmp_path: Path) -> None:
         elif form == "input":
             names = ("default", "other")
             calls = [[x, *vera_fx.program_vectors(model, n, run).values()] for n in names]
+        elif form == "rows":
+            stacks = vera_fx.program_vectors(model, ["default", "other"], run).values()
+            calls = [[x, *stacks, torch.full((6,), number)] for number in range(2)]
         torch.save(calls, tmp_path / "calls.pt")
         subprocess.run([runner, path, tmp_path / "calls.pt", tmp_path / "out.pt"], check=True)
         results = torch.load(tmp_path / "out.pt", weights_only=False)

@@ -45,6 +45,35 @@ def test_peft_loads_it_with_the_same_outputs(name: str, tmp_path: Path) -> None:
     assert_far_apart(run(theirs, family), run(base, family))
 
 
+def test_diffusers_loads_it_into_a_unet(tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+    base = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(32, 64),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=8,
+        norm_num_groups=8,
+    ).eval()
+    config = vera_fx.VeraConfig(r=6, target_modules=["to_q", "to_v", "to_out.0"])
+    model = vera_fx.adapt(copy.deepcopy(base), config).eval()
+    fill_vectors(model)
+    vera_fx.to_lora(model, tmp_path)
+    theirs, weights = copy.deepcopy(base), "adapter_model.safetensors"
+    theirs.load_lora_adapter(tmp_path, prefix="base_model.model", weight_name=weights)
+
+    call = {
+        "sample": torch.randn(2, 4, 8, 8),
+        "timestep": torch.tensor(3),
+        "encoder_hidden_states": torch.randn(2, 5, 16),
+    }
+    with torch.no_grad():
+        assert_close(theirs(**call).sample, model(**call).sample, factor=5)
+        assert_far_apart(theirs(**call).sample, base(**call).sample)
+
+
 @pytest.mark.parametrize("bias", ["all", "vera_only"])
 def test_trained_biases_go_along(bias: str, tmp_path: Path) -> None:
     family, base, model = adapted("bert", bias=bias)

@@ -11,8 +11,9 @@ from safetensors.numpy import load_file
 from torch import Tensor, nn
 
 import vera_fx
-from tests.export_models import FORMS, adapted, call_of, eager, fixed_of
+from tests.export_models import FORMS, adapted, call_of, eager, extra_of, fixed_of
 from tests.helpers import assert_close, assert_far_apart, fill_vectors, hook_reference
+from tests.models import MLP
 
 
 def session_of(path: Path) -> onnxruntime.InferenceSession:
@@ -35,7 +36,6 @@ SLOW = [
 def test_every_form_equals_the_eager_definition(name: str, tmp_path: Path) -> None:
     base, model = adapted(name)
     oracle = hook_reference(base, model) if name != "bert" else model  # bert's head is trained
-    vectors = {key: value.numpy() for key, value in vera_fx.program_vectors(model).items()}
     for form in FORMS:
         example = {**call_of(name), **fixed_of(name)}
         path = vera_fx.export_onnx(model, tmp_path / f"{form}.onnx", kwargs=example, form=form)
@@ -43,7 +43,9 @@ def test_every_form_equals_the_eager_definition(name: str, tmp_path: Path) -> No
         for batch, length in ((3, 7), (2, 9), (5, 4)):
             # The first row of every call starts with padding, whose queries look at no key.
             call = call_of(name, batch, length)
-            result = run(session, call, vectors if form == "input" else None)
+            extra = extra_of(model, form, call)
+            vectors = extra.pop("vectors", None)
+            result = run(session, {**call, **extra}, vectors)
             assert_close(result, eager(oracle, name, call), factor=10, what=form)
             assert_far_apart(result, eager(base, name, call))
 
@@ -90,6 +92,39 @@ def test_weights_outside_of_the_file(tmp_path: Path) -> None:
     assert_close(result, eager(model, "mlp", call_of("mlp", 4)), factor=5)
 
 
+def typed_mlp(dtype: torch.dtype) -> nn.Module:
+    config = vera_fx.VeraConfig(r=6, target_modules=["lin0", "lin1"])
+    model = vera_fx.adapt(MLP().to(dtype).eval(), config).eval()
+    fill_vectors(model)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+@pytest.mark.parametrize("form", FORMS)
+def test_other_precisions(form: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model, x = typed_mlp(dtype), torch.randn(4, 10, dtype=dtype)
+    path = vera_fx.export_onnx(model, tmp_path / "m.onnx", (x,), form=form)
+    extra = extra_of(model, form, {"x": x})
+    vectors = extra.pop("vectors", None)
+    assert_close(run(session_of(path), {"x": x, **extra}, vectors), model(x).detach())
+
+
+def test_bfloat16_is_valid_onnx(tmp_path: Path) -> None:
+    """onnxruntime has no bfloat16 kernels on the CPU; onnx's own evaluator has."""
+    import ml_dtypes
+    from onnx.reference import ReferenceEvaluator
+
+    model, x = typed_mlp(torch.bfloat16), torch.randn(4, 10, dtype=torch.bfloat16)
+    path = vera_fx.export_onnx(model, tmp_path / "m.onnx", (x,), form="constant")
+    feed = {"x": x.view(torch.int16).numpy().view(ml_dtypes.bfloat16)}
+    (result,) = ReferenceEvaluator(onnx.load(path)).run(None, feed)
+    assert result.dtype == ml_dtypes.bfloat16
+    found = torch.from_numpy(result.view(np.int16)).view(torch.bfloat16)
+    assert_close(found, model(x).detach())
+    with pytest.raises(Exception, match="NOT_IMPLEMENTED"):
+        session_of(path)
+
+
 class NoOnnx(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -100,6 +135,14 @@ class NoOnnx(nn.Module):
 
 
 class TestBadInput:
+    def test_vectors_of_another_shape(self, tmp_path: Path) -> None:
+        _, model = adapted("mlp")
+        path = vera_fx.export_onnx(model, tmp_path / "m.onnx", kwargs=call_of("mlp"), form="input")
+        vectors = vera_fx.program_vectors(model)
+        name = next(iter(vectors))
+        with pytest.raises(Exception, match=f"dimensions for input: {name}"):
+            run(session_of(path), call_of("mlp"), {**vectors, name: torch.ones(5)})
+
     def test_nothing_is_touched(self, tmp_path: Path, monkeypatch) -> None:
         _, model = adapted("mlp")
         path = tmp_path / "m.onnx"

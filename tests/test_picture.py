@@ -10,7 +10,7 @@ from torch import nn
 
 import vera_fx
 from tests.export_models import adapted, call_of
-from vera_fx.picture import blocks
+from vera_fx.picture import FORMULAS, blocks
 
 
 class Deep(nn.Module):
@@ -41,14 +41,28 @@ def texts(svg: str) -> list[str]:
 def test_32_layers_fold_into_one_block() -> None:
     report = explained(Deep(32), torch.ones(4, 6), target_modules=["q", "v", "head"])
     folded = blocks(report, report.graphs[0])
-    assert [block.title for block in folded] == ["layers.0 … 31  (32 equal layers)", ""]
+    titles = ["layers.0 … 31  (32 equal layers)", "outside of layers"]
+    assert [(block.title, block.layers) for block in folded] == [(titles[0], 32), (titles[1], 1)]
     assert [[row.name for row in block.rows] for block in folded] == [["q", "v"], ["head"]]
     assert len(report.graphs[0].sites) == 65
     words = texts(report.svg())
-    assert "before" in words
-    assert "linear 6 → 3" in words
-    plan = report.graphs[0].plans[0][1]
-    assert f"linear 6 → 6  + VeRA, {plan}, shared x·Aᵀ" in words
+    assert {"before", "after"} <= set(words)
+    assert words.count("linear 6 → 6") == 2
+    assert words.count("linear 6 → 3") == 1
+    assert {"each layer: 72", "36", "16", "8"} <= set(words)
+
+
+@pytest.mark.parametrize("plan", FORMULAS)
+def test_plans_and_shared_products(plan: str) -> None:
+    report = explained(Deep(2), torch.ones(4, 6), target_modules=["q", "v", "head"], plan=plan)
+    (layers, rest), svg = blocks(report, report.graphs[0]), report.svg()
+    assert [row.z for row in layers.rows] == (["q", "q"] if plan != "dense" else ["", ""])
+    assert [row.z for row in rest.rows] == [""]
+    assert {row.plan for row in (*layers.rows, *rest.rows)} == {plan}
+    assert svg.count('class="bracket"') == (plan != "dense")
+    words = texts(svg)
+    assert f"linear 6 → 6  {FORMULAS[plan][1]}" in words
+    assert words.count(plan) == 3
 
 
 def test_layers_that_differ_are_not_folded() -> None:
@@ -56,6 +70,7 @@ def test_layers_that_differ_are_not_folded() -> None:
     report = explained(Deep(3), torch.ones(4, 6), target_modules=chosen.replace(".*.", r"\.\d\."))
     titles = [block.title for block in blocks(report, report.graphs[0])]
     assert titles == ["layers.0", "layers.1", "layers.2"]
+    assert "each layer" not in report.svg()
 
 
 def test_every_site_of_a_family_is_drawn() -> None:

@@ -41,7 +41,7 @@ class TestWithoutProjections:
         assert whole.stat().st_size - small.stat().st_size > 0.9 * saved
         assert program.state_dict["vera.vera_A"].shape == (64, 20)
 
-        loaded, extra = vera_fx.load_program(small), extra_of(model, form)
+        loaded, extra = vera_fx.load_program(small), extra_of(model, form, call_of("mlp", 4))
         for name in NAMES:
             assert torch.equal(loaded.state_dict[name], program.state_dict[name])
         result = loaded.module()(**call_of("mlp", 4), **extra)

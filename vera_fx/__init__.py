@@ -28,14 +28,16 @@ from vera_fx.errors import (
     TargetError,
     VeraFxError,
 )
+from vera_fx.executorch_files import export_executorch, export_executorch_data
 from vera_fx.explain import explain
-from vera_fx.export import export_program, program_vectors
+from vera_fx.export import export_program
 from vera_fx.loading import load_adapter
 from vera_fx.lora import lora_errors, to_lora
 from vera_fx.merging import merge, unmerge
 from vera_fx.onnx_files import export_onnx
 from vera_fx.program_adapters import program_sites, replace_adapter
 from vera_fx.program_files import load_program, save_program
+from vera_fx.program_vectors import program_vectors
 from vera_fx.saving import save_adapter, save_adapters
 from vera_fx.store import AdapterStore, StoreCounts
 
@@ -64,6 +66,8 @@ __all__ = [
     "disable_adapters",
     "explain",
     "export_aoti",
+    "export_executorch",
+    "export_executorch_data",
     "export_onnx",
     "export_program",
     "load_adapter",

@@ -13,7 +13,7 @@ from torch import nn
 
 from vera_fx.errors import ExportError, first_line
 from vera_fx.export import export_program
-from vera_fx.files import moved_into
+from vera_fx.files import archive_at, moved_into
 from vera_fx.program_files import MANIFEST, manifest_of
 from vera_fx.program_module import AUTO
 
@@ -68,10 +68,14 @@ def export_aoti(  # noqa: PLR0913
         **(inductor_configs or {}),
     }
     try:
-        with moved_into(target.parent) as aside, warnings.catch_warnings():
+        with (
+            moved_into(target.parent) as aside,
+            archive_at(aside / target.name) as archive,
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore")
             torch._inductor.aoti_compile_and_package(
-                program, package_path=str(aside / target.name), inductor_configs=configs
+                program, package_path=archive, inductor_configs=configs
             )
     except Exception as error:
         raise ExportError(

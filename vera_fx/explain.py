@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from vera_fx.bank import AdapterBank
 from vera_fx.capture import Capture
+from vera_fx.page import html_of
 from vera_fx.passes import PipelineReport, Target
-from vera_fx.picture import html_of, svg_of
+from vera_fx.picture import svg_of
 from vera_fx.runtime import require_adapted, runtime_of
 from vera_fx.variants import Variant
 
@@ -48,10 +49,21 @@ class GraphRow:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """The answer of `explain`; ``str()`` is a table, `html` a page, `svg` a picture."""
+    """The answer of `explain`; ``str()`` is a table, `html` a page, `svg` a picture.
 
+    Attributes:
+        model: the model's class.
+        adapters: names of all adapters.
+        active: names of those that compute.
+        projections: ``(r, max_in, max_out)`` of each pair of projections, as graphs read it.
+        targets: one row per target.
+        graphs: one row per adapted graph.
+    """
+
+    model: str
     adapters: tuple[str, ...]
     active: tuple[str, ...]
+    projections: tuple[tuple[int, int, int], ...]
     targets: tuple[TargetRow, ...]
     graphs: tuple[GraphRow, ...]
     python: tuple[tuple[str, str], ...] = ()
@@ -74,6 +86,8 @@ class Explanation:
 
     def _lines(self) -> Iterator[str]:
         yield f"adapters: {', '.join(self.adapters) or 'none'} (active: {', '.join(self.active) or 'none'})"
+        sizes = (f"A ({r}, {i}), B ({o}, {r})" for r, i, o in self.projections)
+        yield f"projections: {'; '.join(sizes) or 'none'}"
         yield f"targets: {len(self.targets)}"
         yield from _table(
             ("target", "in", "out", "parameters", "adapters"),
@@ -123,8 +137,10 @@ def explain(model: nn.Module) -> Explanation:
     bank = require_adapted(model)
     captures = list(runtime_of(model).all_captures())
     return Explanation(
+        model=type(model).__name__,
         adapters=tuple(bank.adapters),
         active=bank.computing(),
+        projections=tuple(map(_sizes, map(bank.padded, bank.projections))),
         targets=tuple(_target_row(bank, target) for target in bank.targets.values()),
         graphs=tuple(
             _graph_row(capture, variant)
@@ -134,6 +150,11 @@ def explain(model: nn.Module) -> Explanation:
         ),
         python=tuple(runtime_of(model).parts.reasons.items()),
     )
+
+
+def _sizes(pair: tuple[Tensor, Tensor]) -> tuple[int, int, int]:
+    A, B = pair
+    return A.shape[0], A.shape[1], B.shape[0]
 
 
 def _target_row(bank: AdapterBank, target: Target) -> TargetRow:
@@ -169,11 +190,18 @@ def _plan(variant: Variant, site: str) -> tuple[str, str, str]:
 
 
 def _signature(capture: Capture) -> str:
+    """The inputs with dtypes and sizes; open sizes are numbered as they appear."""
     inputs = [node for node in capture.graph.graph.nodes if node.op == "placeholder"]
+    names: dict[str, str] = {}
     return ", ".join(
-        f"{name} {_type(n.meta['val'])}" for name, n in zip(capture.inputs, inputs, strict=True)
+        f"{name} {_type(n.meta['val'], names)}"
+        for name, n in zip(capture.inputs, inputs, strict=True)
     )
 
 
-def _type(value: Tensor) -> str:
-    return f"{str(value.dtype).removeprefix('torch.')}[{', '.join(map(str, value.shape))}]"
+def _type(value: Tensor, names: dict[str, str]) -> str:
+    sizes = ", ".join(
+        str(size) if isinstance(size, int) else names.setdefault(str(size), f"s{len(names)}")
+        for size in value.shape
+    )
+    return f"{str(value.dtype).removeprefix('torch.')}[{sizes}]"

@@ -2,41 +2,27 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.fx import GraphModule
 
 from vera_fx._torch import tree_flatten
-from vera_fx.adapter import Adapter
-from vera_fx.adapter_files import KEY_PREFIX
-from vera_fx.bank import AdapterBank, bank_of, slot_path
-from vera_fx.capture import Capture
-from vera_fx.checkpoint import owned_tensors, projections_hash
-from vera_fx.errors import AdapterError, CaptureError, ExportError, listing, nearest
-from vera_fx.merging import merged_weights
+from vera_fx.bank import AdapterBank
+from vera_fx.errors import CaptureError, ExportError, listing, nearest
 from vera_fx.names import one_adapter
-from vera_fx.passes import (
-    Assignment,
-    GraphPass,
-    RedirectParameters,
-    adaptation,
-    resolve,
-    run_passes,
-)
-from vera_fx.program_files import fit_vectors, manifest_of, set_manifest
-from vera_fx.program_module import AUTO, VECTORS, Read, export_module, own
-from vera_fx.program_projections import describe
+from vera_fx.passes import GraphPass, run_passes
+from vera_fx.program_files import set_manifest
+from vera_fx.program_graph import FORMS, graph_of
+from vera_fx.program_module import AUTO, INDEX, VECTORS, ProgramModule, export_module, own
+from vera_fx.program_rows import RowProgramModule, row_arguments
+from vera_fx.program_vectors import describe_program
 from vera_fx.returned import is_stateful
+from vera_fx.rows import row_count
 from vera_fx.runtime import prepare, require_adapted, runtime_of
 from vera_fx.signature import Call
-from vera_fx.targets import base_modules, weight_of
-from vera_fx.variants import copy_of
-
-FORMS = ("merged", "constant", "input")
+from vera_fx.targets import base_modules
 
 
 def export_program(
@@ -61,7 +47,9 @@ def export_program(
         form: ``"merged"`` folds the adapter into the weights; ``"constant"`` keeps the branch, with
             projections and vectors among the program's tensors (``vera.*``); ``"input"`` takes the
             vectors as the keyword argument ``vectors``, a dict that `program_vectors` makes, so
-            that one program serves every adapter with the same projections and targets.
+            that one program serves every adapter with the same projections and targets; ``"rows"``
+            takes those of several adapters, stacked, and as ``adapter_index`` for each row of the
+            batch the number of its adapter, ``(rows,)``.
         dynamic_shapes: ``"auto"`` leaves every size above 1 open that tracing does not fix; None
             fixes all; or torch.export's ``dynamic_shapes`` by argument name.
 
@@ -100,81 +88,19 @@ def export_call(
             reason = runtime_of(model).parts.reasons.get("", "")
             raise CaptureError(f"{type(model).__name__} cannot become a program: {reason}")
         _check_call(prepared.call)
-        graph = _graph(bank, bank.adapter(name), prepared.capture, form)
+        graph, reads = graph_of(model, name, form, prepared.capture, prepared.call)
         run_passes(graph, passes)
-        program, vectors = own(graph, _reads(model, bank, name, form), prepared.capture)
+        kind = RowProgramModule if form == "rows" else ProgramModule
+        program, vectors = own(graph, reads, prepared.capture, kind)
         arguments = {n: v for n, v in prepared.call.arguments.items() if _has_tensor(v)}
-        if form == "input":
+        if form == "rows":
+            arguments |= row_arguments(vectors, row_count(prepared.call))
+        elif form == "input":
             arguments[VECTORS] = vectors
         count = sum(map(_has_tensor, call[0]))
         exported = export_module(program, arguments, count, dynamic_shapes)
-    set_manifest(exported, _manifest(model, name, form, exported))
+    set_manifest(exported, describe_program(model, name, form, exported))
     return exported
-
-
-def program_vectors(
-    model: nn.Module, name: str | None = None, program: Any = None
-) -> dict[str, Tensor]:
-    """An adapter's tensors as a program takes them, detached but not copied.
-
-    For form ``"input"`` the keys are those of a PEFT checkpoint without its projections: the
-    tensors of an ``adapter_model.safetensors`` can be given to the program as they are read. For
-    form ``"constant"`` they are names in the program's ``state_dict``, for ``load_constants``.
-
-    Args:
-        model: an adapted model.
-        name: the adapter; None for the active one.
-        program: the program to make them for and to check them against: from `export_program`,
-            `load_program`, or an AOTInductor package; None for one of form ``"input"``, unchecked.
-
-    Raises:
-        AdapterError: the model is not adapted, there is no such adapter, or several are active.
-        ExportError: the adapter's targets, rank or projections are not those of ``program``.
-    """
-    bank = require_adapted(model)
-    name = one_adapter(bank.adapters, bank.active, name)
-    adapter = bank.adapter(name)
-    vectors = {key: tensor.detach() for key, tensor in owned_tensors(adapter)}
-    if program is None:
-        return vectors
-    return fit_vectors(manifest_of(program), _projections(model, adapter), vectors, name)
-
-
-def _manifest(model: nn.Module, name: str, form: str, program: ExportedProgram) -> dict[str, Any]:
-    """What a program was made from, as far as a reader may want to check or change it."""
-    bank = bank_of(model)
-    adapter = bank.adapter(name)
-    vectors: dict[str, Any] = {}
-    for key, tensor in owned_tensors(adapter):
-        constant = _constant_name(key)
-        known = key if form == "input" else constant if constant in program.state_dict else None
-        vectors[key] = {"shape": list(tensor.shape), "name": known}
-    return {
-        "form": form,
-        "adapter": name,
-        "targets": [asdict(bank.targets[path]) for path in adapter.vectors.by_path],
-        "vectors": vectors,
-        "projections": describe(program, _projections(model, adapter)),
-    }
-
-
-def _constant_name(key: str) -> str:
-    """What a program calls a tensor of the adapter that a checkpoint has under ``key``."""
-    return f"vera.{key.removeprefix(KEY_PREFIX)}"
-
-
-def _projections(model: nn.Module, adapter: Adapter) -> dict[str, Any]:
-    pair = bank_of(model).projections_of(adapter)
-    dtypes = [weight_of(model, path).dtype for path in adapter.vectors.by_path]
-    return {
-        "sha256": projections_hash(pair),
-        "seed": adapter.config.projection_prng_key,
-        "r": pair.r,
-        "max_in": pair.vera_A.shape[1],
-        "max_out": pair.vera_B.shape[0],
-        # What `build.draw` casts them to, which rounds on half-precision bases.
-        "through": [str(dtype).removeprefix("torch.") for dtype in dict.fromkeys(dtypes)],
-    }
 
 
 def _check_state(model: nn.Module, bank: AdapterBank) -> None:
@@ -199,10 +125,10 @@ def _check_call(call: Call) -> None:
                 f"argument {name!r} is a {type(value).__name__}, whose type a reader of the program "
                 "would need; pass tensors and plain containers only (use_cache=False)"
             )
-        if name.startswith("*") or name == VECTORS:
+        if name.startswith("*") or name in {VECTORS, INDEX}:
             raise ExportError(
-                f"argument {name!r} cannot be an input of a program: "
-                "give every argument a name of its own, other than 'vectors'"
+                f"argument {name!r} cannot be an input of a program: give every argument a name of its "
+                f"own, other than {VECTORS!r} and {INDEX!r}"
             )
 
 
@@ -221,49 +147,3 @@ def _alone(bank: AdapterBank, name: str) -> Iterator[None]:
     finally:
         bank.active, bank.enabled = before
         bank.bind()
-
-
-def _graph(bank: AdapterBank, adapter: Adapter, capture: Capture, form: str) -> GraphModule:
-    """The captured graph, with the branch unless it is to be merged."""
-    plan = bank.plan(lambda path: capture.training.get(path, False))
-    # Targets of other adapters get no branch: here they would add zeros.
-    own_paths = adapter.vectors.by_path
-    branches = tuple(
-        branch if target.path in own_paths else ()
-        for target, branch in zip(plan.targets, plan.branches, strict=True)
-    )
-    graph = copy_of(capture.graph)
-    passes = (
-        (RedirectParameters(plan.redirects),)
-        if form == "merged"
-        # Factored: the plans that merge within the call are no plain ATen operators.
-        else adaptation(replace(plan, branches=branches), Assignment())
-    )
-    run_passes(graph, passes)
-    return graph
-
-
-def _reads(model: nn.Module, bank: AdapterBank, name: str, form: str) -> dict[str, Read]:
-    """By the path under which graphs read it, each tensor that the program names anew."""
-    adapter = bank.adapter(name)
-    keys = {id(tensor): key for key, tensor in owned_tensors(adapter)}
-    reads: dict[str, Read] = {}
-    for attribute, path, tensor_name, tensor in bank.slot_tensors(adapter):
-        key = keys.get(id(tensor))
-        constant = _constant_name(f"{path}.{tensor_name}" if key is None else key)
-        is_input = form == "input" and key is not None
-        read = Read(key if is_input and key else constant, tensor, is_input)
-        reads[slot_path(0, attribute)] = read
-    for projection in ("vera_A", "vera_B"):
-        path = slot_path(0, projection)
-        reads[path] = Read(f"vera.{projection}", resolve(model, path))
-    if form == "merged":
-        reads |= {path: Read(path, value) for path, value in _merged(model, bank, name).items()}
-    return reads
-
-
-def _merged(model: nn.Module, bank: AdapterBank, name: str) -> dict[str, Tensor]:
-    try:
-        return merged_weights(model, bank, name)
-    except AdapterError as error:
-        raise ExportError(f'form="merged" cannot be exported: {error}') from error

@@ -1,11 +1,13 @@
 """Files that appear whole or not at all: written aside, then moved into place."""
 
 import contextlib
+import io
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 
 @contextlib.contextmanager
@@ -28,3 +30,42 @@ def moved_into(folder: Path) -> Iterator[Path]:
             path.replace(folder / path.name)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+class _Archive(io.RawIOBase):
+    """What torch writes its archives to: never fails, keeps the first error."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)  # AOTInductor's packager rewinds when it is done
+
+    def write(self, data: bytes) -> int:  # type: ignore[override]
+        if self.error is None:
+            try:
+                self._file.write(data)
+            except OSError as error:
+                self.error = error
+        return len(data)
+
+
+@contextlib.contextmanager
+def archive_at(path: Path) -> Iterator[io.RawIOBase]:
+    """A new file for torch's archive writer, which ends the process if a write of its own fails.
+
+    Raises:
+        OSError: the file cannot be made, or did not take all that was written (a full disk).
+    """
+    with path.open("wb") as file:
+        archive = _Archive(file)
+        yield archive
+        if archive.error is not None:
+            raise archive.error

@@ -77,22 +77,21 @@ def unmerge(model: nn.Module) -> None:
     bank.bind()
 
 
-def merged_weights(model: nn.Module, bank: AdapterBank, name: str) -> dict[str, Tensor]:
-    """What merging the adapter would make of its targets' weights, by every path of each weight.
+def folded_weights(model: nn.Module, bank: AdapterBank, name: str) -> dict[str, Tensor]:
+    """What each target's weight is with the adapter folded in, as a tensor of its own.
 
     Raises:
-        AdapterError: a weight that cannot be merged, or values that are not finite.
+        AdapterError: values that are not finite.
     """
-    _check_ties(bank, (name,))
-    check_mergeable(model, bank, (name,), safe=True)
-    merged = {
-        id(w): (w.detach() + d).to(w.dtype) for w, d in _deltas(model, bank, bank.adapter(name))
-    }
-    found: dict[str, Tensor] = {}
-    for path in bank.adapter(name).vectors.by_path:
-        value = merged[id(weight_of(model, path))]
-        found.update(dict.fromkeys(bank.targets[path].weights, value))
-    return found
+    adapter, folded = bank.adapter(name), dict[str, Tensor]()
+    deltas = _deltas(model, bank, adapter)
+    for path, (weight, delta) in zip(adapter.vectors.by_path, deltas, strict=True):
+        if weight.is_meta:
+            raise _on_meta(name, path)
+        folded[path] = (weight.detach() + delta).to(weight.dtype)
+        if not torch.isfinite(folded[path]).all():
+            raise _not_finite(name)
+    return folded
 
 
 def _to_merge(bank: AdapterBank, names: Sequence[str] | str | None) -> list[str]:
@@ -116,12 +115,10 @@ def check_mergeable(
     """
     for name in names:
         for path, weight in _changed(model, bank.adapter(name)):
-            computed = not bank.targets[path].weights
-            if computed or weight.is_meta:
-                reason = "is computed (parametrised)" if computed else "is on the meta device"
-                raise AdapterError(
-                    f"adapter {name!r} cannot be merged: the weight of {path!r} {reason}; run unmerged"
-                )
+            if not bank.targets[path].weights:
+                raise _refused(name, path, "is computed (parametrised)")
+            if weight.is_meta:
+                raise _on_meta(name, path)
     if safe:
         _check_finite(model, bank, names)
 
@@ -215,10 +212,24 @@ def _check_finite(model: nn.Module, bank: AdapterBank, names: Iterable[str]) -> 
             total = totals.get(id(weight), weight.detach()) + delta
             totals[id(weight)] = total.to(weight.dtype)
             if not torch.isfinite(totals[id(weight)]).all():
-                raise AdapterError(
-                    f"adapter {name!r} cannot be merged: the merged weights would have NaN or infinity; "
-                    "the adapter seems to be broken (merge with safe=False to do it anyway)"
-                )
+                raise _not_finite(name, " (merge with safe=False to do it anyway)")
+
+
+def _refused(name: str, path: str, reason: str) -> AdapterError:
+    return AdapterError(
+        f"adapter {name!r} cannot be merged: the weight of {path!r} {reason}; run unmerged"
+    )
+
+
+def _on_meta(name: str, path: str) -> AdapterError:
+    return _refused(name, path, "is on the meta device")
+
+
+def _not_finite(name: str, hint: str = "") -> AdapterError:
+    return AdapterError(
+        f"adapter {name!r} cannot be merged: the merged weights would have NaN or infinity; "
+        f"the adapter seems to be broken{hint}"
+    )
 
 
 def _changed(model: nn.Module, adapter: Adapter) -> Iterator[tuple[str, Tensor]]:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from vera_fx.adapter_files import KEY_PREFIX
 from vera_fx.errors import ExportError
-from vera_fx.files import moved_into
+from vera_fx.files import archive_at, moved_into
 from vera_fx.program_projections import left_out, redraw
 
 MANIFEST = "vera_fx"
@@ -23,16 +24,27 @@ def manifest_of(program: Any) -> dict[str, Any]:
     """What the program was made from; empty for a program that vera_fx has not made or loaded.
 
     Args:
-        program: an ``ExportedProgram``, or an AOTInductor package as torch loads it.
+        program: an ``ExportedProgram``, an AOTInductor package as torch loads it, an ExecuTorch program
+            as its runtime loads it, or a manifest.
     """
+    if isinstance(program, Mapping):
+        return dict(program)
     if isinstance(program, ExportedProgram):
         return program.graph_module.meta.get(MANIFEST, {})
+    if hasattr(program, "load_method"):
+        known = MANIFEST in program.method_names
+        return json.loads(program.load_method(MANIFEST).execute([])[0]) if known else {}
     return json.loads(program.get_metadata().get(MANIFEST, "{}"))
 
 
 def set_manifest(program: ExportedProgram, manifest: Mapping[str, Any]) -> None:
     """Keep the manifest with the program, from where `save_program` takes it."""
     program.graph_module.meta[MANIFEST] = dict(manifest)
+
+
+def constant_name(key: str) -> str:
+    """What a program calls a tensor of the adapter that a checkpoint has under ``key``."""
+    return f"vera.{key.removeprefix(KEY_PREFIX)}"
 
 
 def save_program(
@@ -65,10 +77,13 @@ def save_program(
     extra = {_FILE: json.dumps(manifest)}
     without = contextlib.nullcontext() if projections else left_out(program, known)
     try:
-        with without, moved_into(target.parent) as aside:
-            torch.export.save(program, aside / target.name, extra_files=extra)
-    # torch's writer reports a full disk as a RuntimeError.
-    except (OSError, RuntimeError) as error:
+        with (
+            without,
+            moved_into(target.parent) as aside,
+            archive_at(aside / target.name) as archive,
+        ):
+            torch.export.save(program, archive, extra_files=extra)
+    except OSError as error:
         raise ExportError(f"the program could not be saved to {target}: {error}") from error
     return target
 
@@ -110,10 +125,10 @@ def fit_vectors(
     Raises:
         ExportError: the adapter does not fit; with the first difference.
     """
-    if manifest.get("form") not in {"input", "constant"}:
+    if manifest.get("form") not in {"input", "constant", "rows"}:
         raise ExportError(
             f"the program takes no vectors: its form is {manifest.get('form', 'unknown')!r}, "
-            'not "input" or "constant"'
+            'not "input", "constant" or "rows"'
         )
     wanted: dict[str, dict[str, Any]] = manifest["vectors"]
     for key in sorted(wanted.keys() ^ vectors.keys()):

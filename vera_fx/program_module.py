@@ -19,11 +19,13 @@ from torch.fx.traceback import preserve_node_meta
 from vera_fx._torch import tree_flatten, tree_map
 from vera_fx.capture import Capture
 from vera_fx.errors import ExportError, first_line
-from vera_fx.passes import resolve
+from vera_fx.passes import resolve, tag_of
 from vera_fx.plain_output import plain_result
 
 AUTO = "auto"
 VECTORS = "vectors"
+INDEX = "adapter_index"
+"""The argument that says for each row which entry of the stacked vectors it takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,13 @@ class Read:
 
 
 class ProgramModule(nn.Module):
-    """What torch.export traces: the call's arguments by name in, plain containers out."""
+    """What torch.export traces: the call's arguments by name in, plain containers out.
+
+    Attributes:
+        stacked: the vectors come as one entry per adapter, however many.
+    """
+
+    stacked = False
 
     def __init__(self, graph: Graph, capture: Capture, vectors: Sequence[str]) -> None:
         super().__init__()
@@ -65,7 +73,10 @@ class ProgramModule(nn.Module):
 
 
 def own(
-    graph: GraphModule, reads: Mapping[str, Read], capture: Capture
+    graph: GraphModule,
+    reads: Mapping[str, Read],
+    capture: Capture,
+    kind: type[ProgramModule] = ProgramModule,
 ) -> tuple[ProgramModule, dict[str, Tensor]]:
     """A module that runs a copy of ``graph`` and owns what it reads.
 
@@ -74,6 +85,7 @@ def own(
         reads: by attribute path, what to put in the place of the attribute; attributes that are not
             named here keep their path and value.
         capture: the call that the graph is of.
+        kind: the class of the module; of one that takes stacked vectors the graph has their inputs.
 
     Returns:
         The module, and the tensors that it takes as inputs beside the call's, by their name.
@@ -81,15 +93,32 @@ def own(
     copy = Graph()
     copy.output(copy.graph_copy(graph.graph, {}))
     inputs = {read.name: read.value.detach().clone() for read in reads.values() if read.is_input}
-    _make_inputs(copy, {path: read for path, read in reads.items() if read.is_input})
-    program, copies = ProgramModule(copy, capture, list(inputs)), dict[int, Tensor]()
-    for node in copy.nodes:
-        if node.op == "get_attr":
+    if not kind.stacked:
+        _make_inputs(copy, {path: read for path, read in reads.items() if read.is_input})
+    program, copies = kind(copy, capture, list(inputs)), dict[int, Tensor]()
+    for node in list(copy.nodes):
+        if node.op == "get_attr" and not node.users:
+            copy.erase_node(node)
+        elif node.op == "get_attr":
             read = reads.get(node.target)
             value = resolve(graph, node.target) if read is None else read.value
             node.target = node.target if read is None else read.name
             _put(program, node.target, _snapshot(value, copies))
+        elif (tag := tag_of(node)) is not None and tag.made_by == "InsertVera":
+            _move_out(node)
     return program, inputs
+
+
+def _move_out(node: Node) -> None:
+    """Say that a branch is computed beside its target, by the target's parent.
+
+    Readers of programs take every product in a linear module for the module's own: backends of
+    ExecuTorch and quantisers look for them by this path, as our search for sites does.
+    """
+    stack = dict(node.meta.get("nn_module_stack") or {})
+    if stack:
+        stack.popitem()
+        node.meta["nn_module_stack"] = stack
 
 
 def _make_inputs(graph: Graph, reads: Mapping[str, Read]) -> None:
@@ -142,10 +171,7 @@ def export_module(
     Raises:
         ExportError: torch.export refuses the sizes or the graph.
     """
-    if dynamic_shapes == AUTO:
-        dynamic_shapes = {name: _auto(name, value) for name, value in arguments.items()}
-    elif dynamic_shapes is not None:
-        dynamic_shapes = dict.fromkeys(arguments) | dict(dynamic_shapes)
+    shapes = _shapes(program, arguments, dynamic_shapes)
     names = list(arguments)
     args = tuple(arguments[name] for name in names[:count])
     kwargs = {name: arguments[name] for name in names[count:]}
@@ -156,20 +182,34 @@ def export_module(
                 _with_signature(program, names),
                 args,
                 kwargs,
-                dynamic_shapes=dynamic_shapes,
+                dynamic_shapes=shapes,
                 strict=False,
             )
     except Exception as error:
         raise ExportError(
             f"torch.export refuses this program: {first_line(error)}\n"
-            f'  asked for dynamic_shapes={dynamic_shapes}; dynamic_shapes="auto" leaves open what '
+            f'  asked for dynamic_shapes={dynamic_shapes!r}; dynamic_shapes="auto" leaves open what '
             "the model allows, None fixes every size to the example's"
         ) from error
 
 
-def _auto(name: str, value: Any) -> Any:
+def _shapes(program: ProgramModule, arguments: Mapping[str, Any], asked: Any) -> Any:
+    """torch.export's specification for every argument."""
+    shapes = {name: _auto(value) for name, value in arguments.items()}
+    given = shapes if asked == AUTO else dict.fromkeys(arguments) | dict(asked or {})
+    if program.stacked:
+        # How many adapters there are stays open; the index has as many rows as the call.
+        number = given[VECTORS] if isinstance(given[VECTORS], Dim) else Dim.AUTO
+        given[VECTORS] = {key: {0: number} for key in arguments[VECTORS]}
+        given[INDEX] = shapes[INDEX] if asked is not None else None
+    elif VECTORS in arguments:
+        given[VECTORS] = dict.fromkeys(arguments[VECTORS])
+    return given
+
+
+def _auto(value: Any) -> Any:
     def dims(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or name == VECTORS:
+        if not isinstance(leaf, Tensor):
             return None
         return {dim: Dim.AUTO for dim, size in enumerate(leaf.shape) if size > 1}
 
@@ -185,5 +225,5 @@ def _with_signature(program: ProgramModule, names: Sequence[str]) -> ProgramModu
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [inspect.Parameter(name, kind) for name in ("self", *names)]
     forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    program.__class__ = type("ProgramModule", (ProgramModule,), {"forward": forward})
+    program.__class__ = type("ProgramModule", (type(program),), {"forward": forward})
     return program

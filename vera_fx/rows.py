@@ -12,14 +12,20 @@ from vera_fx.signature import Call
 _ROW_INPUTS = ("decoder_input_ids", "input_ids", "decoder_inputs_embeds", "inputs_embeds")
 
 
+def row_count(call: Call) -> int:
+    """How many rows a call has; 0 if it has no input to tell by."""
+    arguments = [call.arguments[name] for name in _ROW_INPUTS if name in call.arguments]
+    tensors = (t for t in [*arguments, *call.leaves] if isinstance(t, Tensor) and t.ndim)
+    return next((tensor.shape[0] for tensor in tensors), 0)
+
+
 def row_names(call: Call, names: Sequence[str]) -> list[str]:
     """The names for the rows of a call that may have a multiple of as many rows.
 
     Raises:
         AdapterError: the call's rows are no multiple of the names.
     """
-    arguments = [call.arguments[name] for name in _ROW_INPUTS if name in call.arguments]
-    rows = next((t.shape[0] for t in [*arguments, *call.leaves] if isinstance(t, Tensor)), 0)
+    rows = row_count(call)
     if rows % len(names):
         raise AdapterError(
             f"{len(names)} adapter_names were given for a call with {rows} rows, which is no multiple"

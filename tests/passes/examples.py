@@ -10,7 +10,9 @@ from torch.fx import GraphModule
 from vera_fx.passes import (
     Branch,
     CheckpointLayers,
+    ContiguousAttention,
     DropMetadataAsserts,
+    FoldWeights,
     GraphPass,
     InlineGradMode,
     InsertVera,
@@ -103,6 +105,24 @@ class Head(nn.Module):
         return self.head(x)
 
 
+class TiedHead(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(3, 5, bias=False)
+        self.head = nn.Linear(3, 5, bias=False)
+        self.head.weight = self.embed.weight
+        self.folded = Holder(head=torch.randn(5, 3))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.embed(x), self.head(x)
+
+
+class Attends(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x[None, None]
+        return nn.functional.scaled_dot_product_attention(rows, rows, rows)
+
+
 class Masked(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = x[None, None]
@@ -175,9 +195,18 @@ EXAMPLES: dict[str, Example] = {
     "DropMetadataAsserts": Example(
         DropMetadataAsserts(), lambda: graph_of(Casts(), torch.randn(4, 3))
     ),
+    "FoldWeights": Example(
+        FoldWeights(
+            (Target("head", 3, 5, "out_in", ("embed.weight", "head.weight")),), ("folded.head",)
+        ),
+        lambda: graph_of(TiedHead(), torch.randn(4, 3)),
+    ),
     "RedirectParameters": Example(
         RedirectParameters((Redirect("head", ("head.weight",), "slot.head_weight"),)),
         lambda: graph_of(Head(), torch.randn(4, 3)),
+    ),
+    "ContiguousAttention": Example(
+        ContiguousAttention(), lambda: graph_of(Attends(), torch.randn(4, 3))
     ),
     "InsertVera": Example(one_target(), lambda: graph_of(OneLinear(), torch.randn(4, 3))),
     "RowVectors": Example(
