@@ -9,6 +9,7 @@ from ._protocol import (
     PassContractError,
     PassReport,
     Rewrite,
+    RowError,
     SiteError,
     Skip,
 )
@@ -59,6 +60,7 @@ __all__ = [
     "Redirect",
     "RedirectParameters",
     "Rewrite",
+    "RowError",
     "RowSource",
     "RowVectors",
     "RunOptions",
@@ -114,8 +116,9 @@ def adaptation(
         checkpointed: paths of the layers to recompute in backward.
     """
     return (
-        RedirectParameters(plan.redirects),
+        # First: it finds sites by the base's weights, which may be redirected as well.
         InsertVera(plan.targets, plan.branches),
+        RedirectParameters(plan.redirects),
         plan.rows,
         LowerBranch(enabled=not assignment.exact),
         ShareProjection(),

@@ -1,6 +1,7 @@
 """One adapter: vectors for every target, and its own copies of what else it trains."""
 
 from collections.abc import Iterator
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -90,6 +91,24 @@ class Adapter(nn.Module):
         for path, module in self.copies.by_path.items():
             for named in (module.named_parameters(), module.named_buffers()):
                 yield from ((path, name, tensor) for name, tensor in named)
+
+    @property
+    def copied(self) -> dict[str, Tensor]:
+        """The same tensors by the path of what each replaces."""
+        return {f"{path}.{name}": tensor for path, name, tensor in self.copied_tensors()}
+
+    def has(self, path: str) -> bool:
+        """Whether it has vectors for the target, or its own value of the tensor, at ``path``."""
+        return path in self.vectors.by_path or path in self.copied
+
+    def let_train(self, *, allowed: bool) -> None:
+        """Train from now on, or no more. One that was loaded for inference never does."""
+        if self.trainable:
+            # Not self.requires_grad_: a walk by names costs several times the flags themselves.
+            for vectors in self.vectors.by_path.values():
+                for parameter in vectors._parameters.values():
+                    cast("Tensor", parameter).requires_grad = allowed
+            self.copies.requires_grad_(allowed)
 
     def __repr__(self) -> str:
         count = sum(p.numel() for p in self.parameters())

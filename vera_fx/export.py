@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from vera_fx._torch import tree_flatten
 from vera_fx.adapter import Adapter
-from vera_fx.bank import AdapterBank, bank_of, slot_path
+from vera_fx.bank import AdapterBank, bank_of
 from vera_fx.capture import Capture
 from vera_fx.checkpoint import KEY_PREFIX, owned_tensors, projections_hash
 from vera_fx.errors import AdapterError, CaptureError, ExportError, listing, nearest
@@ -32,6 +32,7 @@ from vera_fx.program_projections import describe
 from vera_fx.returned import is_stateful
 from vera_fx.runtime import prepare, require_adapted, runtime_of
 from vera_fx.signature import Call
+from vera_fx.slots import slot_path
 from vera_fx.targets import base_modules, weight_of
 from vera_fx.variants import copy_of
 
@@ -225,18 +226,20 @@ def _alone(bank: AdapterBank, name: str) -> Iterator[None]:
 def _graph(bank: AdapterBank, adapter: Adapter, capture: Capture, form: str) -> GraphModule:
     """The captured graph, with the branch unless it is to be merged."""
     plan = bank.plan(lambda path: capture.training.get(path, False))
-    # Targets of other adapters get no branch: here they would add zeros.
+    # What other adapters have does not concern a program: zeros, and the base's own tensors.
     own_paths = adapter.vectors.by_path
+    own_copies = {slot_path(0, attribute) for attribute, *_ in bank.slot_tensors(adapter)}
+    redirects = tuple(redirect for redirect in plan.redirects if redirect.copy in own_copies)
     branches = tuple(
         branch if target.path in own_paths else ()
         for target, branch in zip(plan.targets, plan.branches, strict=True)
     )
     graph = copy_of(capture.graph)
     passes = (
-        (RedirectParameters(plan.redirects),)
+        (RedirectParameters(redirects),)
         if form == "merged"
         # Factored: the plans that merge within the call are no plain ATen operators.
-        else adaptation(replace(plan, branches=branches), Assignment())
+        else adaptation(replace(plan, branches=branches, redirects=redirects), Assignment())
     )
     run_passes(graph, passes)
     return graph

@@ -6,7 +6,7 @@ compile cache.
 """
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,21 +19,23 @@ from vera_fx.bank import AdapterBank, bank_of
 from vera_fx.capture import Capture, capture_call, original_class
 from vera_fx.errors import AdapterError, CaptureError, first_line
 from vera_fx.hooks import EagerHook
-from vera_fx.mixed import Mix, mix_of
+from vera_fx.mixed import mix_of
+from vera_fx.mixer import Mix, Mixer
 from vera_fx.mixture import held_by
 from vera_fx.parts import Parts, split
-from vera_fx.passes import Choice
+from vera_fx.passes import Choice, RowError
 from vera_fx.planning import mixed_assignment, mixed_choice, open_sizes, planner, workload
 from vera_fx.regather import mix_again
 from vera_fx.returned import restore
 from vera_fx.rows import row_names, rows_among
 from vera_fx.signature import Call, CallReader
+from vera_fx.slots import open_ranks
 from vera_fx.targets import BANK
 from vera_fx.variants import Variant, adapt_graph, as_target_errors
 from vera_fx.watch import StateWatch
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterator
+    from collections.abc import Hashable, Iterator, Mapping
 
 
 _UNKNOWN: Any = object()
@@ -45,6 +47,7 @@ class Ready:
 
     graph: GraphModule
     capture: Capture
+    refused: "Mapping[str, str]" = field(default_factory=dict[str, str])
 
 
 @dataclass(slots=True)
@@ -68,6 +71,7 @@ class Runtime:
     memo_limit = 4096
 
     def __init__(self, model: nn.Module, entry: str = "", parts: Parts | None = None) -> None:
+        open_ranks("served")
         self.reader = CallReader(_entry_forward(model, entry)[0])
         self._forward = _entry_forward(model, entry)[1]
         self._entry, self.parts = entry, parts or Parts()
@@ -104,7 +108,12 @@ class Runtime:
             CaptureError: a mixture's call cannot be captured.
             TargetError: a target is used in a way that cannot be adapted.
         """
-        structure = (mix.structure, mix.dropout) if mix else bank_of(model).structure
+        if mix is None:
+            bank = bank_of(model)
+            bank.follow()
+            structure = bank.binding.structure, bank.binding.dropout
+        else:
+            structure = mix.mixer.structure, mix.dropout
         key = (call.key, self.watch.state(), structure, _ambient(), torch.is_grad_enabled())
         found = self._memo.get(key, _UNKNOWN)
         if found is _UNKNOWN:
@@ -151,11 +160,12 @@ class Runtime:
 
     def _adapted(self, model: nn.Module, capture: Capture, call: Call, mix: Mix | None) -> Ready:
         if mix is not None:
-            return Ready(_mixed(model, capture, call, mix).graph, capture)
+            mixed = _mixed(model, capture, call, mix)
+            return Ready(mixed.graph, capture, mixed.refused)
         bank = bank_of(model)
-        if not bank.structure:
+        if not bank.binding.slots:
             return Ready(capture.graph, capture)
-        variants = capture.variants.setdefault(bank.structure, {})
+        variants = capture.variants.setdefault(_structure(bank, capture), {})
         choice = _choose(model, capture, call, [*variants])
         variant = variants.get(choice.assignment)
         if variant is None:
@@ -181,14 +191,29 @@ def _mixed(model: nn.Module, capture: Capture, call: Call, mix: Mix) -> Variant:
     bank = bank_of(model)
     if mix.dropout:
         _refuse_dropout(capture, bank)
-    batched = rows_among(capture.values, call.leaves, mix.rows)
-    variants = capture.variants.setdefault((mix.structure, batched), {})
+    batched = rows_among(capture.values, call.leaves, len(mix.names))
+    variants = capture.variants.setdefault((mix.mixer.structure, batched), {})
     assignment = mixed_assignment(model, bank)
     if assignment not in variants:
         with as_target_errors():
             choice = mixed_choice(model, capture.graph, bank)
-        variants[assignment] = adapt_graph(mix.plan(batched), capture, choice)
+        variants[assignment] = _mixed_variant(mix.mixer, capture, batched, choice)
     return variants[assignment]
+
+
+def _mixed_variant(
+    mixer: Mixer, capture: Capture, batched: frozenset[int], choice: Choice
+) -> Variant:
+    """A graph in which all that can differ from row to row does."""
+    refused: dict[str, str] = {}
+    while True:
+        try:
+            variant = adapt_graph(mixer.plan(batched, refused), capture, choice)
+        except RowError as error:
+            refused |= mixer.refused(error.lost)
+        else:
+            variant.refused = refused
+            return variant
 
 
 def _refuse_dropout(capture: Capture, bank: AdapterBank) -> None:
@@ -203,12 +228,19 @@ def _refuse_dropout(capture: Capture, bank: AdapterBank) -> None:
 def _choose(model: nn.Module, capture: Capture, call: Call, known: list[Any]) -> Choice:
     """The plans for the call's sizes; those of a graph that exists if they are good enough."""
     bank = bank_of(model)
-    if bank.structure not in capture.planners:
+    structure = _structure(bank, capture)
+    if structure not in capture.planners:
         with as_target_errors():
-            capture.planners[bank.structure] = planner(capture.graph, bank)
+            capture.planners[structure] = planner(capture.graph, bank)
     sizes = open_sizes(capture.values, call.leaves)
     work = workload(model, capture.training, trains=torch.is_grad_enabled())
-    return capture.planners[bank.structure].choose(sizes, work, known)
+    return capture.planners[structure].choose(sizes, work, known)
+
+
+def _structure(bank: AdapterBank, capture: Capture) -> "Hashable":
+    """What of the computing adapters shapes the graphs made from a capture."""
+    trains = any(capture.training.get(path) for path in bank.targets)
+    return bank.binding.structure, bank.binding.dropout if trains else ()
 
 
 def require_adapted(model: nn.Module) -> AdapterBank:
@@ -268,7 +300,9 @@ def prepare(
         return None
     mix = _mix_for(model, call, names)
     ready = runtime.ready(model, call, mix)
-    if mix is not None:
+    if mix is not None and ready is not None:
+        if ready.refused:
+            mix.check(ready.refused)
         call.leaves += mix.tensors
     return None if ready is None else Prepared(ready.graph, ready.capture, call)
 
