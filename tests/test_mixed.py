@@ -188,9 +188,13 @@ def test_a_graph_for_every_growth_of_the_bank_and_none_else() -> None:
     for name in ("wide", "head", "b"):
         vera_fx.delete_adapter(model.model, name)
         model.expect(0, "a bias", "__base__ bias a a")
-    model.add("head", modules_to_save=["2"], target_modules=["0"])
-    model.add("wide", target_modules=["2"])
+    model.add("head", modules_to_save=["2"])
+    model.add("wide", target_modules=["0", "2"])
     model.expect(0, "a bias head wide", "wide head", "a a")
+    vera_fx.delete_adapter(model.model, "wide")
+    model.add("seeded", projection_prng_key=3)
+    model.expect(1, "a seeded", "seeded head bias", "a a")
+    assert len(model.model.vera.groups) == 3  # nothing is left of "wide"
 
 
 def test_batches_of_any_size_with_heads_share_a_graph() -> None:

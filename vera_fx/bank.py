@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vera_fx.adapter import Adapter
+from vera_fx.packed import Group
 from vera_fx.passes import AdaptationPlan, Branch, Redirect, Target, resolve
 from vera_fx.projections import Projections
 from vera_fx.slots import Binding, Slot, SlotNames, open_ranks, slot_path
@@ -25,7 +26,9 @@ class AdapterBank(nn.Module):
 
     Attributes:
         projections: `Projections` by key.
-        reach: for each of them, the targets that their adapters have or had.
+        groups: for each of them, how mixtures lay out what their adapters have or had.
+        retired: projections that no adapter uses any more, in graphs of mixtures until the next
+            graph is made, so that none is made for a deletion.
         adapters: `Adapter` by name.
         targets: the union of all targets that adapters have or had, by path.
         base_paths: ``(module path, tensor name)`` of every tensor that some adapter has or had a
@@ -43,7 +46,8 @@ class AdapterBank(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.projections = nn.ModuleDict()
-        self.reach: dict[str, list[str]] = {}
+        self.groups: dict[str, Group] = {}
+        self.retired: dict[str, Projections] = {}
         self.adapters = nn.ModuleDict()
         self.targets: dict[str, Target] = {}
         self.base_paths: dict[tuple[str, str], tuple[str, ...]] = {}
@@ -71,11 +75,13 @@ class AdapterBank(nn.Module):
 
     def share_projections(self, vera_A: Tensor, vera_B: Tensor, *, persistent: bool) -> str:
         """Keep the projections once: the key of bit-equal ones, or of these, newly added."""
-        for key, known in self.projections.items():
-            if cast("Projections", known).equals(vera_A, vera_B):
-                return key
-        key = str(max((int(key) for key in self.projections), default=-1) + 1)
-        self.projections[key] = Projections(vera_A, vera_B, persistent=persistent)
+        known = {**self.projections._modules, **self.retired}
+        pairs = ((key, cast("Projections", pair)) for key, pair in known.items())
+        new = str(max(map(int, known), default=-1) + 1)
+        key = next((key for key, pair in pairs if pair.equals(vera_A, vera_B)), new)
+        if key not in self.projections:
+            self.retired.pop(key, None)
+            self.projections[key] = Projections(vera_A, vera_B, persistent=persistent)
         return key
 
     def insert(
@@ -94,16 +100,18 @@ class AdapterBank(nn.Module):
             bases: for each ``(module path, tensor name)`` that it has a copy of, the paths under
                 which the base's tensor is read and the base's module.
         """
-        before = len(self.targets), len(self.base_paths)
         self.adapters._modules[name] = adapter
+        key, sizes = adapter.projections, (len(self.targets), len(self.base_paths))
         self.targets.update(targets)
-        self.exact |= adapter.config.plan == "factored"
-        known = self.reach.setdefault(adapter.projections, [])
-        known += [path for path in targets if path not in known]
         self.base_paths.update((place, paths) for place, (paths, _) in bases.items())
         self.homes.update((path, home) for (path, _), (_, home) in bases.items())
-        if before != (len(self.targets), len(self.base_paths)):
+        self.exact |= adapter.config.plan == "factored"
+        if sizes != (len(self.targets), len(self.base_paths)):
             self._forget_slots()
+        group = self.groups.get(key) or Group(key, adapter.config.r, _dtype(adapter))
+        if group.reaching(targets) is not self.groups.get(key):
+            self.groups[key] = group.reaching(targets)
+            self._drop_retired()
         self._forget_mixtures()
         adapter.requires_grad_(False).train(self.training)
 
@@ -114,7 +122,8 @@ class AdapterBank(nn.Module):
         del self.adapters[name]
         used = {cast("Adapter", adapter).projections for adapter in self.adapters.values()}
         for key in [key for key in self.projections if key not in used]:
-            del self.projections[key], self.reach[key]
+            self.retired[key] = cast("Projections", self.projections[key])
+            del self.projections[key]
         self.activate(kept for kept in self.active if kept != name)
 
     def activate(self, names: Iterable[str]) -> None:
@@ -201,7 +210,7 @@ class AdapterBank(nn.Module):
         if key not in self._padded:
             max_in = max(target.in_features for target in self.targets.values())
             max_out = max(target.out_features for target in self.targets.values())
-            pair = cast("Projections", self.projections[key])
+            pair = self.retired.get(key) or cast("Projections", self.projections[key])
             self._padded[key] = pair.padded(max_in, max_out)
         return self._padded[key]
 
@@ -279,6 +288,7 @@ class AdapterBank(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AdapterBank":
         """Move or cast, as ``model.to(...)`` does, and point the slots at the new tensors."""
         super()._apply(fn, recurse)
+        self._drop_retired()
         self._forget_mixtures()
         self.rebind()
         return self
@@ -286,6 +296,11 @@ class AdapterBank(nn.Module):
     def _forget_mixtures(self) -> None:
         """Let the next batch that mixes adapters lay them out anew (`vera_fx.mixed.Mixer`)."""
         self.__dict__.pop("mixer", None)
+
+    def _drop_retired(self) -> None:
+        for key in self.retired:
+            del self.groups[key]
+        self.retired.clear()
 
     def extra_repr(self) -> str:
         """State for ``print(model)``."""
@@ -304,6 +319,10 @@ def _layout(adapter: Adapter) -> tuple[str, ...]:
     """What of an adapter shapes graphs, beside its dropout."""
     dtypes = sorted({str(p.dtype) for p in adapter.vectors.parameters()})
     return (adapter.config.plan, *dtypes)
+
+
+def _dtype(adapter: Adapter) -> torch.dtype:
+    return next(adapter.vectors.parameters()).dtype
 
 
 def bank_of(model: nn.Module) -> AdapterBank:

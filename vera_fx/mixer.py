@@ -68,7 +68,7 @@ class Mixer:
     """Prepares the mixtures of one bank. Made anew whenever adapters come or go.
 
     Attributes:
-        groups: for each pair of projections, what its adapters have or had, as columns of a row.
+        groups: for each pair of projections, what its adapters have or had.
         copies: path of every tensor that some adapter has or had a copy of -> its place in the
             bank, ``(module path, tensor name)``.
         structure: a number for what of all this shapes graphs: the same for every mixture.
@@ -76,7 +76,7 @@ class Mixer:
 
     def __init__(self, bank: AdapterBank) -> None:
         self._bank = bank
-        self.groups = {key: _group(bank, key) for key in bank.reach}
+        self.groups = dict(bank.groups)
         self.copies: dict[str, tuple[str, str]] = {}
         for path, name in bank.base_paths:
             self.copies.setdefault(f"{path}.{name}", (path, name))
@@ -184,17 +184,6 @@ class Mixer:
             yield group.table, (group.width,), group.dtype
         for number, (_, base) in enumerate(self.bases()):
             yield f"copies_{number}", tuple(base.shape), base.dtype
-
-
-def _group(bank: AdapterBank, key: str) -> Group:
-    """Lay out the vectors of every adapter that uses or used the projections ``key``."""
-    rank, start = bank.padded(key)[0].shape[0], 0
-    places: dict[str, tuple[int, int]] = {}
-    for path in bank.reach[key]:
-        places[path] = (start, start + rank)
-        start += rank + bank.targets[path].out_features
-    member = next(a for a in map(bank.adapter, bank.adapters) if a.projections == key)
-    return Group(key, rank, next(member.vectors.parameters()).dtype, places, start)
 
 
 def _row(group: Group, adapter: Adapter | Packed) -> Tensor:

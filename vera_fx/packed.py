@@ -5,13 +5,14 @@ row each, in the order in which mixtures lay vectors out, immutable once it is m
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from vera_fx.config import VeraConfig
 from vera_fx.errors import AdapterError
+from vera_fx.passes import Target
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,15 +23,25 @@ class Group:
         key: the projections' key in the bank.
         rank: their rank.
         dtype: the vectors' dtype.
-        places: for each target's path, the first column of ``lambda_d`` and of ``lambda_b``.
+        places: for each target that some of them has or had, by path, the first column of
+            ``lambda_d`` and of ``lambda_b``.
         width: columns in all.
     """
 
     key: str
     rank: int
     dtype: torch.dtype
-    places: dict[str, tuple[int, int]]
-    width: int
+    places: Mapping[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
+    width: int = 0
+
+    def reaching(self, targets: Mapping[str, Target]) -> "Group":
+        """The layout with places for these targets too, behind those that it has."""
+        places, width = dict(self.places), self.width
+        for path, target in targets.items():
+            if path not in places:
+                places[path] = (width, width + self.rank)
+                width += self.rank + target.out_features
+        return self if width == self.width else replace(self, places=places, width=width)
 
     @property
     def table(self) -> str:
