@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 DATA = examples/data/sentiment
 
-.PHONY: demo test test-all lint types bench clean
+.PHONY: demo server load test test-all lint types bench clean
 
 # One stamp per set of extras; they share the virtual environment.
 $(VENV)/.%: pyproject.toml constraints.txt
@@ -14,6 +14,16 @@ $(VENV)/.%: pyproject.toml constraints.txt
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/finetune.py
+
+# Four adapters, trained once (ten minutes), and a server for them; `make load` asks it from another terminal.
+out/server/accuracy.json: | $(VENV)/.server
+	$(BIN)/python -m examples.server.train
+
+server: out/server/accuracy.json
+	$(BIN)/python -m examples.server
+
+load: $(VENV)/.server
+	$(BIN)/python -m examples.server.load
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 -m "not slow"

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -53,19 +53,26 @@ def alone(model: nn.Module, name: str, inputs: dict[str, Any]) -> Tensor:
 
 @pytest.mark.parametrize("name", [family.name for family in FAMILIES])
 def test_every_row_is_its_adapters(name: str) -> None:
+    """Any rows of the input, in any order and number, under any adapters."""
     model, inputs = adapted(name)
-    rows = next(iter(inputs.values())).shape[0]
+    rows, names = next(iter(inputs.values())).shape[0], ("a", "b", "c", BASE)
     with torch.no_grad():
-        results = {n: alone(model, n, inputs) for n in ("a", "b", "c", BASE)}
-        assert_far_apart(results["a"], results["b"])
-        for names in (
-            ["a", BASE, "b", "c", "a"],
-            ["c", "c", "a", BASE, "b"],
-            [BASE, "b", "a", "a", "c"],
-        ):
-            mixed = main_output(model(**inputs, adapter_names=names[:rows]))
-            for row, who in enumerate(names[:rows]):
-                assert_close(mixed[row], results[who][row], what=f"{name}, row {row}, {who}")
+        results = {n: alone(model, n, inputs) for n in names}
+    assert_far_apart(results["a"], results["b"])
+    row = st.tuples(st.integers(0, rows - 1), st.sampled_from(names))
+
+    @given(picked=st.lists(row, min_size=2, max_size=6))
+    @example(picked=[(0, "a"), (1, BASE), (0, "b"), (1, "c"), (1, "a")])
+    @settings(max_examples=12)
+    def check(picked: list[tuple[int, str]]) -> None:
+        index, asked = [number for number, _ in picked], [who for _, who in picked]
+        batch = {key: value[index] for key, value in inputs.items()}
+        with torch.no_grad():
+            mixed = main_output(model(**batch, adapter_names=asked))
+        for at, (number, who) in enumerate(picked):
+            assert_close(mixed[at], results[who][number], what=f"{name}, row {number}, {who}")
+
+    check()
 
 
 @pytest.mark.parametrize("name", [f.name for f in FAMILIES if f.generates])

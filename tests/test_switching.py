@@ -216,6 +216,52 @@ def test_with_gradients_the_second_rank_is_compiled_once() -> None:
             gradients(compiled.model, compiled.check())
 
 
+class Deep(nn.Module):
+    """Layers that are equal, which become calls of one function where gradients are taken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_deep_models_switch_between_ranks(grad: bool) -> None:
+    torch.manual_seed(0)
+    ranks = {"first": 4, "second": 3, "third": 9}
+    model = Deep().eval()
+    for name, rank in ranks.items():
+        options = vera_fx.VeraConfig(r=rank, target_modules="all-linear", plan="factored")
+        if name == "first":
+            vera_fx.adapt(model, options, adapter_name=name)
+        else:
+            vera_fx.add_adapter(model, name, options)
+    fill(model)
+    compiled = Compiled(model)
+
+    def check(x: Tensor) -> None:
+        expected = x
+        for layer in model.layers:
+            expected = layer[1](layer[0](expected))
+        result = compiled.call(x)
+        assert_close(result, expected, factor=5)
+        if grad:
+            actual, wanted = gradients(model, result), gradients(model, expected)
+            for key, value in wanted.items():
+                assert_close(actual[key], value, factor=20, what=key)
+
+    with torch.set_grad_enabled(grad):
+        check(torch.randn(4, 6))
+        with compiled.expecting(graphs=0):
+            for name in ("second", "third", "first"):
+                vera_fx.set_adapter(model, name)
+                check(torch.randn(4, 6))
+
+
 def test_with_gradients_other_trained_tensors_are_compiled_once(tmp_path: Path) -> None:
     """A backward graph is made for the tensors that train."""
     model = adapted("first", "one target", "head")

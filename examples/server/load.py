@@ -8,6 +8,7 @@ import http.client
 import json
 import random
 import statistics
+import sys
 import threading
 import time
 import urllib.parse
@@ -39,6 +40,7 @@ class Load:
         texts: drawn from evenly.
         clients: how many ask at once.
         seconds: for how long.
+        requests: most requests of each client; 0 for no bound.
         skew: exponent of Zipf's law; 0 asks for all adapters equally often.
         timeout: seconds after which a client gives a request up.
         seed: of all draws.
@@ -48,6 +50,7 @@ class Load:
     texts: Sequence[str] = TEXTS
     clients: int = 16
     seconds: float = 10.0
+    requests: int = 0
     skew: float = 1.0
     timeout: float = 30.0
     seed: int = 0
@@ -86,7 +89,7 @@ class Outcome:
 
 
 def run(load: Load) -> Outcome:
-    """Ask until the time is over; what was asked by then is waited for."""
+    """Ask until the time is over or all was asked; what was asked by then is waited for."""
     outcome, lock = Outcome(), threading.Lock()
     start = time.perf_counter()
     clients = [
@@ -108,7 +111,9 @@ def _client(load: Load, number: int, end: float, outcome: Outcome, lock: threadi
         load.weights(),
     )
     connections: dict[str, http.client.HTTPConnection] = {}
-    while (asked := time.perf_counter()) < end:
+    left = load.requests or sys.maxsize
+    while (asked := time.perf_counter()) < end and left > 0:
+        left -= 1
         (name,) = draws.choices(names, weights)
         error = _ask(connections, load, name, draws.choice(load.texts))
         taken = time.perf_counter() - asked
