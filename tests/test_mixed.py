@@ -246,6 +246,21 @@ class SharedInput(nn.Module):
         return x + self.lin(self.places).sum()
 
 
+def test_mixtures_follow_casts_and_new_projections() -> None:
+    model = Counted()
+    model.add("b", projection_prng_key=3)
+    model.check("a", "b", BASE)
+    pair = model.model.vera.pair("0")
+    pair.vera_A = pair.vera_A * -2
+    model.check("a", "b", BASE)
+    plain = model.model.double()
+    x, names = torch.randn(3, 4, dtype=torch.float64), ["a", BASE, "b"]
+    with torch.no_grad():
+        mixed = plain(x, adapter_names=names)
+        for row, name in enumerate(names):
+            assert_close(mixed[row], alone(plain, name, {"input": x})[row], what=name)
+
+
 class Embeds(nn.Module):
     """An embedding that adapters may train, and a layer that they target."""
 

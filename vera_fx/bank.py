@@ -5,6 +5,7 @@ which `AdapterBank.bind` puts in place.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -118,12 +119,16 @@ class AdapterBank(nn.Module):
     def remove(self, name: str) -> None:
         """Drop an adapter, and its projections if no other adapter uses them."""
         self._forget_mixtures()
-        self._forget_slots(name)
+        for names in [names for names in self._bindings if name in names]:
+            for index in range(len(self._bindings.pop(names).slots)):
+                self.__dict__.pop(f"slot{index}", None)
+                self.__dict__.pop(f"served{index}", None)
         del self.adapters[name]
         used = {cast("Adapter", adapter).projections for adapter in self.adapters.values()}
         for key in [key for key in self.projections if key not in used]:
             self.retired[key] = cast("Projections", self.projections[key])
             del self.projections[key]
+            self._padded.pop(key, None)
         self.activate(kept for kept in self.active if kept != name)
 
     def activate(self, names: Iterable[str]) -> None:
@@ -164,14 +169,14 @@ class AdapterBank(nn.Module):
     def rebind(self) -> None:
         """Make all slots anew, from what the modules hold now."""
         self._forget_slots()
+        for adapter in map(self.adapter, self.adapters):
+            group = self.groups[adapter.projections]
+            self.groups[group.key] = replace(group, dtype=_dtype(adapter))
         self.bind()
 
-    def _forget_slots(self, name: str | None = None) -> None:
-        """Of the sets that have the adapter in them, or of all."""
-        for names in [n for n in self._bindings if name is None or name in n]:
-            for index in range(len(self._bindings.pop(names).slots)):
-                self.__dict__.pop(f"slot{index}", None)
-                self.__dict__.pop(f"served{index}", None)
+    def _forget_slots(self) -> None:
+        # Those in place stay there until others are: another thread may be reading them.
+        self._bindings.clear()
         self._padded.clear()
 
     def follow(self) -> None:
@@ -210,9 +215,12 @@ class AdapterBank(nn.Module):
         if key not in self._padded:
             max_in = max(target.in_features for target in self.targets.values())
             max_out = max(target.out_features for target in self.targets.values())
-            pair = self.retired.get(key) or cast("Projections", self.projections[key])
-            self._padded[key] = pair.padded(max_in, max_out)
+            self._padded[key] = self.pair(key).padded(max_in, max_out)
         return self._padded[key]
+
+    def pair(self, key: str) -> Projections:
+        """The projections ``key``, in use or retired."""
+        return self.retired.get(key) or cast("Projections", self.projections[key])
 
     def _values(self, adapter: Adapter) -> dict[str, Tensor]:
         """Projections, and vectors for every target; zeros, which add nothing, if it has none."""

@@ -32,7 +32,8 @@ def mixer_of(model: nn.Module) -> Mixer:
     """The mixer for the adapters that the bank has now."""
     bank = bank_of(model)
     mixer = bank.__dict__.get("mixer")
-    if mixer is None:
+    if mixer is None or not mixer.is_current():
+        bank.follow()
         mixer = bank.__dict__["mixer"] = Mixer(bank)
     return mixer
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vera_fx._torch import stamp
 from vera_fx.adapter import Adapter
 from vera_fx.bank import AdapterBank
 from vera_fx.errors import TargetError
@@ -82,8 +83,14 @@ class Mixer:
             self.copies.setdefault(f"{path}.{name}", (path, name))
         self._fill_holder()
         layouts = tuple(map(self._layout, self.groups.values()))
+        self._sources = [bank.pair(key)._buffers for key in self.groups]
+        self._version = stamp(self._sources)
         bases = ((path, base.shape, base.dtype) for path, base in self.bases())
         self.structure = bank.number(("rows", bank.exact, layouts, *bases))
+
+    def is_current(self) -> bool:
+        """False once projections hold other tensors than they did; all else is read anew."""
+        return stamp(self._sources) == self._version
 
     def bases(self) -> Iterator[tuple[str, Tensor]]:
         """Path and tensor of the base for everything that adapters have copies of."""
