@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 DATA = examples/data/sentiment
 TABLE = -p tests.families.table --table docs/families.md
 
-.PHONY: demo test test-all families lint types bench clean
+.PHONY: demo server load test test-all families lint types bench clean
 
 # One stamp per set of extras; they share the virtual environment.
 $(VENV)/.%: pyproject.toml constraints.txt
@@ -15,6 +15,16 @@ $(VENV)/.%: pyproject.toml constraints.txt
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/finetune.py
+
+# Four adapters, trained once (ten minutes), and a server for them; `make load` asks it from another terminal.
+out/server/accuracy.json: | $(VENV)/.server
+	$(BIN)/python -m examples.server.train
+
+server: out/server/accuracy.json
+	$(BIN)/python -m examples.server
+
+load: $(VENV)/.server
+	$(BIN)/python -m examples.server.load
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 -m "not slow"

@@ -9,6 +9,7 @@ from ._protocol import (
     PassContractError,
     PassReport,
     Rewrite,
+    RowError,
     SiteError,
     Skip,
 )
@@ -66,6 +67,7 @@ __all__ = [
     "Redirect",
     "RedirectParameters",
     "Rewrite",
+    "RowError",
     "RowSource",
     "RowVectors",
     "RunOptions",
@@ -122,8 +124,9 @@ def adaptation(
         checkpointed: paths of the layers to recompute in backward.
     """
     return (
-        RedirectParameters(plan.redirects),
+        # First: it finds sites by the base's weights, which may be redirected as well.
         InsertVera(plan.targets, plan.branches),
+        RedirectParameters(plan.redirects),
         plan.rows,
         LowerBranch(enabled=not assignment.exact),
         ShareProjection(),

@@ -1,6 +1,7 @@
 """What a pass is and what it reports."""
 
 import enum
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -60,3 +61,15 @@ class PassContractError(RuntimeError):
 
 class SiteError(ValueError):
     """A targeted module is used in the graph in a way that cannot be adapted."""
+
+
+class RowError(SiteError):
+    """What cannot differ from row to row of the batch in a graph.
+
+    Attributes:
+        lost: the reasons by the path under which the graph reads it.
+    """
+
+    def __init__(self, lost: Mapping[str, str]) -> None:
+        super().__init__("; ".join(f"{path}: {reason}" for path, reason in lost.items()))
+        self.lost = dict(lost)

@@ -14,7 +14,7 @@ class Redirect:
     """One parameter or buffer of a module, and the copy to read in its place.
 
     Attributes:
-        module: path of the module whose reads are redirected.
+        module: path of the module whose reads are redirected; nothing for all.
         bases: every attribute path of the base's tensor; more than one if it is tied, and then
             only reads made inside ``module`` are redirected.
         copy: attribute path of the copy.
@@ -85,7 +85,7 @@ def _users(gm: GraphModule, redirect: Redirect) -> list[tuple[Node, Node]]:
 
 
 def _is_inside(path: str, module: str) -> bool:
-    return path == module or path.startswith(f"{module}.")
+    return not module or path == module or path.startswith(f"{module}.")
 
 
 def _is_read(gm: GraphModule, target: str) -> bool:

@@ -27,13 +27,13 @@ def independent(_node: Node, _facts: RowFacts) -> Fact:
 
 
 def along(node: Node, facts: RowFacts) -> Fact:
-    """Works along the dimensions ``dim`` and keeps them, or removes them (without keepdim)."""
+    """Works along the dimensions ``dim`` or ``dims``; keeps them, or removes them (no keepdim)."""
     found = rows_of(node, facts, "self")
     if found is None or len(facts.all_of(*node.args)) != 1:
         return lost(node, "mixes the rows")
     rows, values = found
     ndim = len(shape_of(values["self"]))
-    given = values.get("dim")
+    given = values.get("dim", values.get("dims"))
     dims = range(ndim) if given is None or given == [] else given
     used = {wrapped(d, ndim) for d in ([dims] if isinstance(dims, int) else cast("Any", dims))}
     if rows.dim in used:

@@ -28,12 +28,18 @@ def reshape(node: Node, facts: RowFacts) -> Fact:
     source, found = node.args[0], facts.of(node.args[0])
     if not isinstance(source, Node) or not isinstance(found, Rows):
         return lost(node, "takes its shape from the rows")
-    below = found.inner * math.prod(shape_of(source)[found.dim + 1 :])
-    sizes = shape_of(node)
-    for dim in range(len(sizes)):
+    shape, sizes = shape_of(source), shape_of(node)
+    # The digit is known by what counts slower and by what counts faster; open sizes may prove one.
+    above = found.outer * math.prod(shape[: found.dim])
+    below = found.inner * math.prod(shape[found.dim + 1 :])
+    for dim, size in enumerate(sizes):
+        outer = divided(above, math.prod(sizes[:dim]))
         inner = divided(below, math.prod(sizes[dim + 1 :]))
-        outer = None if inner is None else divided(sizes[dim], found.batch * inner)
-        if inner is not None and outer is not None:
+        if inner is not None:
+            outer = divided(size, found.batch * inner)
+        elif outer is not None:
+            inner = divided(size, outer * found.batch)
+        if outer is not None and inner is not None:
             return replace(found, dim=dim, outer=outer, inner=inner)
     return lost(node, "cuts through the rows")
 

@@ -7,7 +7,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ._graph import Tag, emit, fake_mode_of, first_body_node, is_call, node_arg, tensor_of
-from ._protocol import Numerics, PassReport, Rewrite, SiteError
+from ._protocol import Numerics, PassReport, Rewrite, RowError, SiteError
 from .row_facts import row_facts
 from .row_operands import placed, row_product
 from .row_rules import is_pointwise
@@ -100,8 +100,8 @@ class RowVectors:
         """Rewrite every use of the sources.
 
         Raises:
-            SiteError: a site's positions cannot be told apart by row, or a copy is used in a way
-                that cannot be made to differ by row.
+            RowError: sites whose positions cannot be told apart by row, and copies that are used in
+                a way that cannot be made to differ by row: all of them. The graph is spoilt then.
         """
         if not self.sources or self._is_done(gm):
             return PassReport(())
@@ -111,12 +111,24 @@ class RowVectors:
         if not _is_single(facts):
             _split_affine(gm, frozenset(by_path), facts)
         reads = [n for n in gm.graph.nodes if n.op == "get_attr" and n.target in by_path]
-        for node in reads:
-            self._replace(gm, node, by_path[node.target], inputs, facts)
+        found = {
+            str(n.target): self._refused(gm, n, by_path[n.target], inputs, facts) for n in reads
+        }
+        lost = {path: reason for path, reason in found.items() if reason is not None}
+        if lost:
+            raise RowError(lost)
         done = tuple(Rewrite(str(node.target), "read row by row") for node in reads)
         for node in reads:
             gm.graph.erase_node(node)
         return PassReport(done or (Rewrite("", "inputs added"),))
+
+    def _refused(self, gm: GraphModule, node: Node, source: RowSource, *where: Any) -> str | None:
+        """Rewrite one read; the reason if that cannot be done."""
+        try:
+            self._replace(gm, node, source, *where)
+        except SiteError as error:
+            return str(error)
+        return None
 
     def _replace(
         self,
@@ -215,7 +227,7 @@ def _rewrite(
     others = [n for n in user.all_input_nodes if n is not attr]
     with gm.graph.inserting_before(user):
         if is_pointwise(user) and len(others) == 1 and len(source.shape) == 1:
-            rows = _rows_at(others[0], source, facts)
+            rows = _rows_at(others[0], facts)
             value = _columns(gm, table, source, others[0], tag)
             user.replace_input_with(attr, placed(gm, rows, others[0], value, tag))
         elif _weight_of(user) is attr:
@@ -225,14 +237,14 @@ def _rewrite(
                 if is_call(user, aten.linear.default)
                 else emit(gm, aten.transpose.int, (table, 1, 2), like=x, tag=tag)
             )
-            product = row_product(gm, _rows_at(x, source, facts), x, weight, tag)
+            product = row_product(gm, _rows_at(x, facts), x, weight, tag)
             facts.learn(product, facts.of(user))
             user.replace_all_uses_with(product)
             gm.graph.erase_node(user)
         else:
             raise SiteError(
-                f"{source.path} is an adapter's own copy and is used by {user.target} ({user.name}), "
-                "which cannot take another value for every row; serve this adapter by itself"
+                f"its own copy is used by {user.target} ({user.name}), which cannot take another value "
+                "for every row"
             )
 
 
@@ -241,15 +253,12 @@ def _weight_of(user: Node) -> Node | None:
     return node_arg(user, 1) if is_product else None
 
 
-def _rows_at(node: Node, source: RowSource, facts: RowFacts) -> Rows:
+def _rows_at(node: Node, facts: RowFacts) -> Rows:
     fact = facts.of(node)
     if isinstance(fact, Rows):
         return fact
     reason = fact.reason if isinstance(fact, Lost) else f"{node.name} is the same for every row"
-    raise SiteError(
-        f"{source.path} cannot differ from row to row of the batch: {reason}; "
-        "call the model once per adapter instead of mixing them"
-    )
+    raise SiteError(f"the rows of the batch cannot be told apart there: {reason}")
 
 
 def _columns(gm: GraphModule, table: Node, source: RowSource, like: Node, tag: Tag) -> Node:

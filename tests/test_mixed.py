@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import vera_fx
 from tests.helpers import assert_close, assert_far_apart, main_output
@@ -52,19 +53,26 @@ def alone(model: nn.Module, name: str, inputs: dict[str, Any]) -> Tensor:
 
 @pytest.mark.parametrize("name", [family.name for family in FAMILIES])
 def test_every_row_is_its_adapters(name: str) -> None:
+    """Any rows of the input, in any order and number, under any adapters."""
     model, inputs = adapted(name)
-    rows = next(iter(inputs.values())).shape[0]
+    rows, names = next(iter(inputs.values())).shape[0], ("a", "b", "c", BASE)
     with torch.no_grad():
-        results = {n: alone(model, n, inputs) for n in ("a", "b", "c", BASE)}
-        assert_far_apart(results["a"], results["b"])
-        for names in (
-            ["a", BASE, "b", "c", "a"],
-            ["c", "c", "a", BASE, "b"],
-            [BASE, "b", "a", "a", "c"],
-        ):
-            mixed = main_output(model(**inputs, adapter_names=names[:rows]))
-            for row, who in enumerate(names[:rows]):
-                assert_close(mixed[row], results[who][row], what=f"{name}, row {row}, {who}")
+        results = {n: alone(model, n, inputs) for n in names}
+    assert_far_apart(results["a"], results["b"])
+    row = st.tuples(st.integers(0, rows - 1), st.sampled_from(names))
+
+    @given(picked=st.lists(row, min_size=2, max_size=6))
+    @example(picked=[(0, "a"), (1, BASE), (0, "b"), (1, "c"), (1, "a")])
+    @settings(max_examples=12)
+    def check(picked: list[tuple[int, str]]) -> None:
+        index, asked = [number for number, _ in picked], [who for _, who in picked]
+        batch = {key: value[index] for key, value in inputs.items()}
+        with torch.no_grad():
+            mixed = main_output(model(**batch, adapter_names=asked))
+        for at, (number, who) in enumerate(picked):
+            assert_close(mixed[at], results[who][number], what=f"{name}, row {number}, {who}")
+
+    check()
 
 
 @pytest.mark.parametrize("name", [f.name for f in FAMILIES if f.generates])
@@ -117,18 +125,103 @@ def test_one_row() -> None:
 
 
 def test_no_recompile_for_any_mixture() -> None:
+    """Whatever ranks, projections and targets are in it; also when adapters come and go."""
     model, inputs = adapted("llama")
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         compiled(**inputs, adapter_names=["a", "b", BASE])
+        captures = len(list(model._vera_runtime.all_captures()))
         with torch.compiler.set_stance("fail_on_recompile"):
-            for names in (["b", "b", "b"], [BASE, "a", "a"], ["a", BASE, "b"]):
+            for names in (["b", "b", "b"], [BASE, "a", "a"], ["c", "c", "c"], ["a", BASE, "c"]):
                 mixed = compiled(**inputs, adapter_names=names).logits
                 assert_close(mixed, model(**inputs, adapter_names=names).logits)
             vera_fx.add_adapter(model, "later")
             fill_all(model)
             late = compiled(**inputs, adapter_names=["later", "a", "b"]).logits
+            vera_fx.delete_adapter(model, "b")
+            compiled(**inputs, adapter_names=["later", "a", "c"])
+    assert len(list(model._vera_runtime.all_captures())) == captures
     assert_close(late[0], alone(model, "later", inputs)[0].detach())
+
+
+class Counted:
+    """A small model under torch.compile that serves mixtures, each row checked."""
+
+    def __init__(self) -> None:
+        torch._dynamo.reset()
+        self.counter = CompileCounterWithBackend("aot_eager")
+        module = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5)).eval()
+        self.model = vera_fx.adapt(module, self.config(), adapter_name="a")
+        # Open sizes from the start, so that what is counted is graphs and not batch sizes.
+        options = {"fullgraph": True, "dynamic": True, "backend": self.counter}
+        self.compiled = torch.compile(self.model, **options)
+
+    @staticmethod
+    def config(**options: Any) -> vera_fx.VeraConfig:
+        return vera_fx.VeraConfig(
+            **{"r": 11, "target_modules": ["0"], "plan": "factored", **options}
+        )
+
+    def add(self, name: str, **options: Any) -> None:
+        vera_fx.add_adapter(self.model, name, self.config(**options))
+        fill_all(self.model)
+
+    def check(self, *names: str) -> None:
+        x = torch.randn(len(names), 4)
+        with torch.no_grad():
+            mixed = self.compiled(x, adapter_names=list(names))
+            for row, name in enumerate(names):
+                assert_close(mixed[row], alone(self.model, name, {"input": x})[row], what=name)
+
+    def expect(self, graphs: int, *mixtures: str) -> None:
+        """The mixtures, each a list of names, compile so many graphs in all."""
+        before = self.counter.frame_count
+        with torch.compiler.set_stance("default" if graphs else "fail_on_recompile"):
+            for names in mixtures:
+                self.check(*names.split())
+        assert self.counter.frame_count - before == graphs
+
+
+def test_a_graph_for_every_growth_of_the_bank_and_none_else() -> None:
+    model = Counted()
+    model.add("b")
+    model.expect(1, "a b __base__", "b b a")
+    model.add("head", modules_to_save=["2"])
+    model.expect(1, "a head", "head head b a", "__base__ a b")
+    model.add("bias", bias="all", r=13)
+    model.expect(1, "a bias", "bias head b __base__ a", "head bias")
+    model.add("wide", target_modules=["0", "2"])
+    model.expect(1, "wide a", "head wide bias __base__", "bias a b")
+    for name in ("wide", "head", "b"):
+        vera_fx.delete_adapter(model.model, name)
+        model.expect(0, "a bias", "__base__ bias a a")
+    model.add("head", modules_to_save=["2"])
+    model.add("wide", target_modules=["0", "2"])
+    model.expect(0, "a bias head wide", "wide head", "a a")
+    vera_fx.delete_adapter(model.model, "wide")
+    model.add("seeded", projection_prng_key=3)
+    model.expect(1, "a seeded", "seeded head bias", "a a")
+    assert len(model.model.vera.groups) == 3  # nothing is left of "wide"
+
+
+def test_batches_of_any_size_with_heads_share_a_graph() -> None:
+    model = Counted()
+    model.add("head", modules_to_save=["2"])
+    model.expect(1, "a head", "a head a")
+    model.expect(0, "head a a head", "a head", "head __base__ a a a a head")
+    graphs = vera_fx.explain(model.model).graphs
+    mixed = [
+        g for g in graphs if "rows have adapters of their own" in {why for _, _, why in g.plans}
+    ]
+    assert len(mixed) == 1
+
+
+def test_copies_and_biases_that_overlap_and_copies_of_what_others_target() -> None:
+    model = Counted()
+    model.add("head", modules_to_save=["2"])
+    model.add("biases", bias="all")
+    model.add("both", target_modules=["0", "2"], bias="vera_only")
+    model.check("head", "biases", "both", "a", BASE, "both", "head")
 
 
 class Flips(nn.Module):
@@ -151,6 +244,69 @@ class SharedInput(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.lin(self.places).sum()
+
+
+def test_mixtures_follow_casts_and_new_projections() -> None:
+    model = Counted()
+    model.add("b", projection_prng_key=3)
+    model.check("a", "b", BASE)
+    pair = model.model.vera.pair("0")
+    pair.vera_A = pair.vera_A * -2
+    model.check("a", "b", BASE)
+    plain = model.model.double()
+    x, names = torch.randn(3, 4, dtype=torch.float64), ["a", BASE, "b"]
+    with torch.no_grad():
+        mixed = plain(x, adapter_names=names)
+        for row, name in enumerate(names):
+            assert_close(mixed[row], alone(plain, name, {"input": x})[row], what=name)
+
+
+class Embeds(nn.Module):
+    """An embedding that adapters may train, and a layer that they target."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.lin = nn.Embedding(7, 4), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lin(self.embed(x))
+
+
+def test_an_adapter_that_cannot_be_mixed_disturbs_no_other() -> None:
+    options = {"r": 2, "plan": "factored"}
+    plain = vera_fx.VeraConfig(target_modules=["lin"], **options)
+    x = torch.randint(0, 7, (3, 6))
+    model = vera_fx.adapt(Embeds().eval(), plain, adapter_name="a")
+    trained = vera_fx.VeraConfig(target_modules=["lin"], modules_to_save=["embed"], **options)
+    vera_fx.add_adapter(model, "embeds", trained)
+    vera_fx.add_adapter(model, "b")
+    fill_all(model)
+    with torch.no_grad():
+        mixed = model(x, adapter_names=["a", BASE, "b"])
+        for row, name in enumerate(["a", BASE, "b"]):
+            assert_close(mixed[row], alone(model, name, {"x": x})[row], what=name)
+        for _ in range(2):
+            with pytest.raises(
+                vera_fx.TargetError,
+                match=r"adapter_names\[1\] is 'embeds', whose 'embed.weight'.*alone",
+            ):
+                model(x, adapter_names=["a", "embeds", "b"])
+        alone(model, "embeds", {"x": x})
+        assert_close(model(x[:1], adapter_names=["embeds"]), alone(model, "embeds", {"x": x[:1]}))
+
+
+def test_rows_lost_behind_some_sites_leave_the_others() -> None:
+    model = vera_fx.adapt(
+        Flips().eval(), vera_fx.VeraConfig(r=2, target_modules=["first"]), adapter_name="a"
+    )
+    vera_fx.add_adapter(model, "b", vera_fx.VeraConfig(r=2, target_modules=["first", "second"]))
+    fill_all(model)
+    x = torch.randn(3, 4)
+    mixed = model(x, adapter_names=["a", BASE, "a"])
+    for row, name in enumerate(["a", BASE, "a"]):
+        assert_close(mixed[2 - row], alone(model, name, {"x": x})[2 - row])
+    with pytest.raises(vera_fx.TargetError, match=r"adapter_names\[2\] is 'b', whose 'second'"):
+        model(x, adapter_names=["a", BASE, "b"])
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,21 @@
 """One adapter: vectors for every target, and its own copies of what else it trains."""
 
 from collections.abc import Iterator
+from typing import cast
 
 from torch import Tensor, nn
 
 from vera_fx.config import VeraConfig
+
+
+def everywhere(path: str) -> str:
+    """The place of a copy that stands for every use of a tensor, inside its module and elsewhere."""
+    return f"{path}."
+
+
+def is_everywhere(path: str) -> bool:
+    """True for such a place."""
+    return path.endswith(".")
 
 
 class Vectors(nn.Module):
@@ -94,6 +105,26 @@ class Adapter(nn.Module):
         for path, module in self.copies.by_path.items():
             for named in (module.named_parameters(), module.named_buffers()):
                 yield from ((path, name, tensor) for name, tensor in named)
+
+    @property
+    def copied(self) -> dict[str, Tensor]:
+        """The same tensors by the path of what each replaces; frozen ones `everywhere` as well."""
+        copies = list(self.copied_tensors())
+        frozen = ((everywhere(path), name, t) for path, name, t in copies if path in self.frozen)
+        return {f"{path}.{name}": tensor for path, name, tensor in (*copies, *frozen)}
+
+    def has(self, path: str) -> bool:
+        """Whether it has vectors for the target, or its own value of the tensor, at ``path``."""
+        return path in self.vectors.by_path or path in self.copied
+
+    def let_train(self, *, allowed: bool) -> None:
+        """Train from now on, or no more. One that was loaded for inference never does."""
+        if self.trainable:
+            # Not self.requires_grad_: a walk by names costs several times the flags themselves.
+            for vectors in self.vectors.by_path.values():
+                for parameter in vectors._parameters.values():
+                    cast("Tensor", parameter).requires_grad = allowed
+            self.copies.requires_grad_(allowed)
 
     def __repr__(self) -> str:
         count = sum(p.numel() for p in self.parameters())

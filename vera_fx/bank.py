@@ -1,26 +1,26 @@
 """The adapter bank: the module that owns the projections and all adapters of a model.
 
-It hangs on the model as ``model.vera``. Graphs never read an adapter directly: they read *slots*,
-plain holders outside of ``state_dict`` that `AdapterBank.bind` points at the active adapters'
-tensors. Switching adapters rebinds the slots, so that no graph changes.
+It hangs on the model as ``model.vera``. Graphs read the active adapters through `vera_fx.slots`,
+which `AdapterBank.bind` puts in place.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
-from vera_fx.adapter import Adapter
-from vera_fx.passes import AdaptationPlan, Branch, Redirect, Target
+from vera_fx._torch import stamp
+from vera_fx.adapter import Adapter, everywhere, is_everywhere
+from vera_fx.packed import Group
+from vera_fx.passes import Redirect, Target, resolve
 from vera_fx.projections import Projections
+from vera_fx.slots import Binding, Slot, SlotNames, open_ranks
 from vera_fx.targets import BANK
 
-Structure = tuple[Any, ...]
-"""What of the active adapters shapes the adapted graph; all else about them is data."""
-
-
-class Slot:
-    """The tensors of one active adapter as graphs read them; `AdapterBank.bind` sets them."""
+_BINDINGS = 4096
+"""Sets of adapters whose slots are kept."""
 
 
 class AdapterBank(nn.Module):
@@ -28,29 +28,44 @@ class AdapterBank(nn.Module):
 
     Attributes:
         projections: `Projections` by key.
+        groups: for each of them, how mixtures lay out what their adapters have or had.
+        retired: projections that no adapter uses any more, in graphs of mixtures until the next
+            graph is made, so that none is made for a deletion.
         adapters: `Adapter` by name.
-        targets: the union of all adapters' targets, by path.
+        targets: the union of all targets that adapters have or had, by path.
+        base_paths: ``(module path, tensor name)`` of every tensor that some adapter has or had a
+            copy of -> the paths under which the base's own is read.
+        homes: the base's modules that these tensors belong to, by path.
         active: names of the active adapters, in order; their branches add up.
-        merged: names of the adapters that are folded into the base weights.
+        merged: names of the adapters that are folded into the base.
         enabled: False inside ``disable_adapters``.
+        exact: some adapter asks or asked for the plan ``"factored"``, PEFT's order of operations.
         kept_bases: base weights as they were before a merge that keeps them, by adapter.
         thawed: paths of the base parameters that trained before the model was adapted.
-        structure: what of the current state shapes graphs; empty for the plain base.
+        names: of the slots' attributes.
+        binding: the slots in place, and what of them shapes graphs.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.projections = nn.ModuleDict()
+        self.groups: dict[str, Group] = {}
+        self.retired: dict[str, Projections] = {}
         self.adapters = nn.ModuleDict()
         self.targets: dict[str, Target] = {}
         self.base_paths: dict[tuple[str, str], tuple[str, ...]] = {}
+        self.homes: dict[str, nn.Module] = {}
         self.active: tuple[str, ...] = ()
         self.merged: tuple[str, ...] = ()
         self.enabled = True
-        self.structure: Structure = ()
+        self.exact = False
         self.kept_bases: dict[str, dict[int, Tensor]] = {}
         self.thawed: tuple[str, ...] = ()
-        self._names: dict[tuple[str, str], str] = {}
+        self.names = SlotNames()
+        self._bindings: dict[tuple[str, ...], Binding] = {}
+        self._padded: dict[str, tuple[int, tuple[Tensor, Tensor]]] = {}
+        self._numbers: dict[Hashable, int] = {}
+        self.binding = Binding()
         self.register_load_state_dict_post_hook(_rebind)
 
     def adapter(self, name: str) -> Adapter:
@@ -63,39 +78,71 @@ class AdapterBank(nn.Module):
 
     def share_projections(self, vera_A: Tensor, vera_B: Tensor, *, persistent: bool) -> str:
         """Keep the projections once: the key of bit-equal ones, or of these, newly added."""
-        for key, module in self.projections.items():
-            known = cast("Projections", module)
-            # Of one dtype, too: a graph multiplies A with what has the dtype of the vectors.
-            if known.vera_A.dtype == vera_A.dtype and known.equals(vera_A, vera_B):
-                known.keep(persistent=persistent)
-                return key
-        key = str(max((int(key) for key in self.projections), default=-1) + 1)
-        self.projections[key] = Projections(vera_A, vera_B, persistent=persistent)
+        known = {**self.projections._modules, **self.retired}
+        pairs = ((key, cast("Projections", pair)) for key, pair in known.items())
+        new = str(max(map(int, known), default=-1) + 1)
+        key = next((key for key, pair in pairs if pair.equals(vera_A, vera_B)), new)
+        if key not in self.projections:
+            self.retired.pop(key, None)
+            self.projections[key] = Projections(vera_A, vera_B, persistent=persistent)
+        self.pair(key).keep(persistent=persistent)
         return key
 
-    def insert(self, name: str, adapter: Adapter, targets: Mapping[str, Target]) -> None:
-        """Add an adapter, inactive. Its targets join the union of targets."""
+    def insert(
+        self,
+        name: str,
+        adapter: Adapter,
+        targets: Mapping[str, Target],
+        bases: Mapping[tuple[str, str], tuple[tuple[str, ...], nn.Module]],
+    ) -> None:
+        """Add an adapter, inactive. Its targets join the union of targets.
+
+        Args:
+            name: its name.
+            adapter: the adapter.
+            targets: its targets by path.
+            bases: for each ``(module path, tensor name)`` that it has a copy of, the paths under
+                which the base's tensor is read and the base's module.
+        """
         self.adapters._modules[name] = adapter
+        key, sizes = adapter.projections, (len(self.targets), len(self.base_paths))
         self.targets.update(targets)
+        paths = self.base_paths | {place: paths for place, (paths, _) in bases.items()}
+        # Reads inside of a copy's module first: what stands for every read takes the rest.
+        self.base_paths = dict(sorted(paths.items(), key=lambda item: is_everywhere(item[0][0])))
+        self.homes.update((path, home) for (path, _), (_, home) in bases.items())
+        self.exact |= adapter.config.plan == "factored"
+        if sizes != (len(self.targets), len(self.base_paths)):
+            self._forget_slots()
+        group = self.groups.get(key) or Group(key, adapter.config.r, _dtype(adapter))
+        if group.reaching(targets) is not self.groups.get(key):
+            self.groups[key] = group.reaching(targets)
+            self._drop_retired()
         self._forget_mixtures()
-        adapter.requires_grad_(False)
+        adapter.requires_grad_(False).train(self.training)
 
     def remove(self, name: str) -> None:
         """Drop an adapter, and its projections if no other adapter uses them."""
         self._forget_mixtures()
+        for names in [names for names in self._bindings if name in names]:
+            for index in range(len(self._bindings.pop(names).slots)):
+                self.__dict__.pop(f"slot{index}", None)
+                self.__dict__.pop(f"served{index}", None)
         del self.adapters[name]
         used = {cast("Adapter", adapter).projections for adapter in self.adapters.values()}
         for key in [key for key in self.projections if key not in used]:
+            self.retired[key] = cast("Projections", self.projections[key])
             del self.projections[key]
+            self._padded.pop(key, None)
         self.activate(kept for kept in self.active if kept != name)
 
     def activate(self, names: Iterable[str]) -> None:
         """Make exactly these adapters active: they compute, and train if they are trainable."""
         before, self.active = self.active, tuple(names)
         # All others are frozen already: a switch costs the same however many there are.
-        for name in {*before, *self.active} & self.adapters.keys():
-            adapter = self.adapter(name)
-            adapter.requires_grad_(name in self.active and adapter.trainable)
+        for name in dict.fromkeys((*before, *self.active)):
+            if name in self.adapters:
+                self.adapter(name).let_train(allowed=name in self.active)
         self.bind()
 
     def adapted_paths(self) -> set[str]:
@@ -110,141 +157,164 @@ class AdapterBank(nn.Module):
         return tuple(name for name in self.active if name not in self.merged)
 
     def bind(self) -> None:
-        """Point the slots at the tensors of the computing adapters and refresh `structure`."""
+        """Put the slots of the computing adapters in place."""
         names = self.computing()
-        for index, name in enumerate(names):
-            self._fill(self._slot(index), self.adapter(name))
-        self.structure = tuple(self._layout(self.adapter(name)) for name in names)
-        if names:
-            self.structure = (len(self.targets), *self.structure)
+        binding = self._bindings.get(names)
+        if binding is None:
+            if len(self._bindings) >= _BINDINGS:
+                self._forget_slots()
+            # What is made in inference mode differs from all else to compiled code.
+            with torch.inference_mode(mode=False), torch.no_grad():
+                binding = self._bindings[names] = self._bound(names)
+        self.binding = binding
+        # Kept in __dict__, not as submodules: slots are views and must not reach state_dict.
+        for index, (slot, served) in enumerate(zip(binding.slots, binding.served, strict=True)):
+            self.__dict__[f"slot{index}"], self.__dict__[f"served{index}"] = slot, served
 
-    def _slot(self, index: int) -> Slot:
-        # Kept in __dict__, not as a submodule: slots are views and must not reach state_dict.
-        return cast("Slot", self.__dict__.setdefault(f"slot{index}", Slot()))
+    def rebind(self) -> None:
+        """Make all slots anew, from what the modules hold now."""
+        self._forget_slots()
+        self._forget_mixtures()
+        for adapter in map(self.adapter, self.adapters):
+            group = self.groups[adapter.projections]
+            self.groups[group.key] = replace(group, dtype=_dtype(adapter))
+        self.bind()
+
+    def _forget_slots(self) -> None:
+        # Those in place stay there until others are: another thread may be reading them.
+        self._bindings.clear()
+        self._padded.clear()
+
+    def follow(self) -> None:
+        """Rebind if a module was given another tensor since the slots were made."""
+        if not self.binding.is_current():
+            self.rebind()
+
+    def _bound(self, names: Sequence[str]) -> Binding:
+        if not names:
+            return Binding()
+        adapters = [self.adapter(name) for name in names]
+        if len({cast("Projections", pair).r for pair in self.projections.values()}) > 1:
+            open_ranks("slot")
+        slots = tuple(Slot(self._values(adapter)) for adapter in adapters)
+        # Whoever brings a copy: all are read off the first slot, so that one graph serves all.
+        slots[0].tensors().update(self._copies(adapters))
+        structure = self.number((len(self.targets), *self.base_paths, *map(_layout, adapters)))
+        dropout = tuple(adapter.config.vera_dropout for adapter in adapters)
+        return Binding(slots, structure, dropout, tuple(self._sources(adapters)))
+
+    def _sources(self, adapters: Sequence[Adapter]) -> Iterator[dict[str, Any]]:
+        for adapter in adapters:
+            yield self.projections_of(adapter)._buffers
+            yield from (vectors._parameters for vectors in adapter.vectors.by_path.values())
+        copies = [adapter.copies.by_path for adapter in adapters]
+        for home in [module for by_path in (self.homes, *copies) for module in by_path.values()]:
+            for module in home.modules():
+                yield from (module._parameters, module._buffers)
+
+    def number(self, structure: Hashable) -> int:
+        """A small number for what shapes graphs, the same for the same: cheap as part of a key."""
+        return self._numbers.setdefault(structure, len(self._numbers) + 1)
 
     def padded(self, key: str) -> tuple[Tensor, Tensor]:
         """Projections as graphs read them: large enough for every target of the bank."""
-        max_in = max(target.in_features for target in self.targets.values())
-        max_out = max(target.out_features for target in self.targets.values())
-        return cast("Projections", self.projections[key]).padded(max_in, max_out)
+        pair = self.pair(key)
+        version, found = stamp([pair._buffers]), self._padded.get(key)
+        if found is None or found[0] != version:
+            max_in = max(target.in_features for target in self.targets.values())
+            max_out = max(target.out_features for target in self.targets.values())
+            found = self._padded[key] = version, pair.padded(max_in, max_out)
+        return found[1]
 
-    def _fill(self, slot: Slot, adapter: Adapter) -> None:
+    def pair(self, key: str) -> Projections:
+        """The projections ``key``, in use or retired."""
+        return self.retired.get(key) or cast("Projections", self.projections[key])
+
+    def _values(self, adapter: Adapter) -> dict[str, Tensor]:
+        """Projections, and vectors for every target; zeros, which add nothing, if it has none."""
         vera_A, vera_B = self.padded(adapter.projections)
         values: dict[str, Tensor] = {"vera_A": vera_A, "vera_B": vera_B}
+        nothing = vera_A.new_zeros(max(vera_B.shape))
         for path, target in self.targets.items():
-            lambda_d, lambda_b = self._vectors(adapter, target)
-            values[self._name(path, "lambda_d")] = lambda_d
-            values[self._name(path, "lambda_b")] = lambda_b
-        for path, name, tensor in adapter.copied_tensors():
-            values[self._name(path, name)] = tensor
-        slot.__dict__.clear()
-        slot.__dict__.update(values)
+            own = adapter.vectors_at(path)
+            # A parameter each, although they share memory: compiled code tells them apart.
+            d, b = (
+                (own.vera_lambda_d, own.vera_lambda_b)
+                if own is not None
+                else (
+                    nn.Parameter(nothing[:size], requires_grad=False)
+                    for size in (vera_A.shape[0], target.out_features)
+                )
+            )
+            values[self.names.of(path, "lambda_d")] = d
+            values[self.names.of(path, "lambda_b")] = b
+        return values
+
+    def _copies(self, adapters: Sequence[Adapter]) -> dict[str, Tensor]:
+        """Every tensor that some adapter of the bank replaces: one of these adapters' or the base's."""
+        found: dict[str, Tensor] = {}
+        own = {path: tensor for adapter in adapters for path, tensor in adapter.copied.items()}
+        for path, name in self.base_paths:
+            base: Tensor = resolve(self.homes[path], name)
+            found[self.names.of(path, name)] = own.get(f"{path}.{name}", base)
+        return found
 
     def slot_tensors(self, adapter: Adapter) -> Iterator[tuple[str, str, str, Tensor]]:
         """``(slot attribute, module path, name, tensor)`` of all that ``adapter`` itself owns."""
         for path in adapter.vectors.by_path:
             vectors = adapter.vectors_at(path)
             if vectors is not None:
-                yield self._name(path, "lambda_d"), path, "lambda_d", vectors.vera_lambda_d
-                yield self._name(path, "lambda_b"), path, "lambda_b", vectors.vera_lambda_b
+                yield self.names.of(path, "lambda_d"), path, "lambda_d", vectors.vera_lambda_d
+                yield self.names.of(path, "lambda_b"), path, "lambda_b", vectors.vera_lambda_b
         for path, name, tensor in adapter.copied_tensors():
-            yield self._name(path, name), path, name, tensor
+            yield self.names.of(path, name), path, name, tensor
+            place = everywhere(path), name
+            if path in adapter.frozen and place in self.base_paths:
+                yield self.names.of(*place), path, name, tensor
 
-    def _name(self, path: str, name: str) -> str:
-        """A slot's attribute for tensor ``name`` of the module at ``path``: an identifier."""
-        if (path, name) not in self._names:
-            attribute = f"{path}.{name}".replace(".", "__")
-            while attribute in self._names.values():
-                attribute += "_"
-            self._names[path, name] = attribute
-        return self._names[path, name]
-
-    def _vectors(self, adapter: Adapter, target: Target) -> tuple[Tensor, Tensor]:
-        """The adapter's vectors for ``target``; zeros, which add nothing, if it has none."""
-        found = adapter.vectors_at(target.path)
-        if found is not None:
-            return found.vera_lambda_d, found.vera_lambda_b
-        like = self.projections_of(adapter).vera_A
-        return like.new_zeros(like.shape[0]), like.new_zeros(target.out_features)
-
-    def _layout(self, adapter: Adapter) -> Structure:
-        copies = tuple(
-            (path, name, path in adapter.frozen) for path, name, _ in adapter.copied_tensors()
-        )
-        dtypes = tuple(sorted({str(p.dtype) for p in adapter.vectors.parameters()}))
-        return adapter.config.vera_dropout, copies, dtypes
-
-    def plan(self, is_training: Callable[[str], bool]) -> AdaptationPlan:
-        """What the adapting passes need to know of the computing adapters.
-
-        Args:
-            is_training: tells for a target's path whether its module is in train mode, in which
-                its branches drop elements of their input.
-        """
-        adapters = [self.adapter(name) for name in self.computing()]
-        targets = tuple(self.targets.values())
-        branches = tuple(
-            tuple(
-                self._branch(index, target.path, dropout=adapter.config.vera_dropout * train)
-                for index, adapter in enumerate(adapters)
-            )
-            for target in targets
-            for train in [is_training(target.path)]
-        )
-        redirects = tuple(
-            Redirect(path, bases, slot_path(index, self._name(path, name)))
-            for index, adapter in enumerate(adapters)
-            for path, name, _ in adapter.copied_tensors()
-            for bases in self._uses(adapter, path, name)
-        )
-        return AdaptationPlan(targets, branches, redirects)
-
-    def _uses(self, adapter: Adapter, path: str, name: str) -> list[tuple[str, ...]]:
-        """The paths of a base tensor whose reads a copy replaces.
-
-        A tied tensor is replaced inside of the copy's module only; by a frozen copy everywhere.
-        """
-        bases = self.base_paths[path, name]
-        return [(base,) for base in bases] if path in adapter.frozen else [bases]
-
-    def _branch(self, index: int, path: str, *, dropout: float) -> Branch:
-        return Branch(
-            vera_A=slot_path(index, "vera_A"),
-            vera_B=slot_path(index, "vera_B"),
-            lambda_d=slot_path(index, self._name(path, "lambda_d")),
-            lambda_b=slot_path(index, self._name(path, "lambda_b")),
-            dropout=dropout,
-        )
+    def redirect(self, place: tuple[str, str], copy: str) -> Redirect:
+        """Let graphs read ``copy`` for the base's tensor at ``place``, a key of `base_paths`."""
+        path = place[0]
+        return Redirect("" if is_everywhere(path) else path, self.base_paths[place], copy)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AdapterBank":
         """Move or cast, as ``model.to(...)`` does, and point the slots at the new tensors."""
         super()._apply(fn, recurse)
-        self._forget_mixtures()
-        self.bind()
+        self._drop_retired()
+        self.rebind()
         return self
 
     def _forget_mixtures(self) -> None:
         """Let the next batch that mixes adapters lay them out anew (`vera_fx.mixed.Mixer`)."""
         self.__dict__.pop("mixer", None)
 
+    def _drop_retired(self) -> None:
+        for key in self.retired:
+            del self.groups[key]
+        self.retired.clear()
+
     def extra_repr(self) -> str:
         """State for ``print(model)``."""
-        state = "" if self.enabled else ", disabled"
-        merged = f", merged={list(self.merged)}" if self.merged else ""
-        return f"active={list(self.active)}, targets={len(self.targets)}{merged}{state}"
+        state = f", merged={list(self.merged)}" if self.merged else ""
+        state += "" if self.enabled else ", disabled"
+        return f"active={list(self.active)}, targets={len(self.targets)}{state}"
 
 
 def _rebind(bank: nn.Module, _incompatible: object) -> None:
     """After ``load_state_dict``, which may have replaced tensors (``assign=True``)."""
-    cast("AdapterBank", bank)._forget_mixtures()
-    cast("AdapterBank", bank).bind()
+    cast("AdapterBank", bank).rebind()
+
+
+def _layout(adapter: Adapter) -> tuple[str, ...]:
+    """What of an adapter shapes graphs, beside its dropout."""
+    dtypes = sorted({str(p.dtype) for p in adapter.vectors.parameters()})
+    return (adapter.config.plan, *dtypes)
+
+
+def _dtype(adapter: Adapter) -> torch.dtype:
+    return next(adapter.vectors.parameters()).dtype
 
 
 def bank_of(model: nn.Module) -> AdapterBank:
     """The bank of an adapted model."""
     return cast("AdapterBank", model._modules[BANK])
-
-
-def slot_path(index: int, attribute: str) -> str:
-    """The path under which graphs read an attribute of a slot."""
-    return f"{BANK}.slot{index}.{attribute}"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vera_fx.adapter import Adapter, TrainedBias, Vectors
+from vera_fx.adapter import Adapter, TrainedBias, Vectors, everywhere
 from vera_fx.bank import AdapterBank
 from vera_fx.config import VeraConfig
 from vera_fx.errors import TargetError, listing, nearest
@@ -231,15 +231,18 @@ def install(
     model: nn.Module, bank: AdapterBank, name: str, adapter: Adapter, targets: Mapping[str, Target]
 ) -> None:
     """Put a built adapter into the bank, inactive, and hook the modules that it adapts."""
-    tensors = tensor_paths(model)
+    tensors, bases = tensor_paths(model), {}
     for path, tensor_name, _ in adapter.copied_tensors():
-        base = attribute_of(model.get_submodule(path), tensor_name)
-        bank.base_paths[path, tensor_name] = tuple(tensors[id(base)])
+        home = model.get_submodule(path)
+        uses = tuple(tensors[id(attribute_of(home, tensor_name))])
+        bases[path, tensor_name] = uses, home
+        if path in adapter.frozen and len(uses) > 1:
+            bases[everywhere(path), tensor_name] = uses, home
     hooks = ((EagerBranch, adapter.vectors.by_path), (EagerCopy, adapter.copies.by_path))
     for kind, paths in hooks:
         for path in paths:
             _hook(model.get_submodule(path), kind(bank, path))
-    bank.insert(name, adapter, targets)
+    bank.insert(name, adapter, targets, bases)
 
 
 def attribute_of(root: nn.Module, path: str) -> Tensor:
@@ -252,7 +255,8 @@ def _hook(module: nn.Module, hook: EagerHook) -> None:
     hooks = module._forward_hooks.values()
     known = (h for h in hooks if isinstance(h, EagerHook))
     if not any(type(h) is type(hook) and h.path == hook.path for h in known):
-        module.register_forward_hook(hook, with_kwargs=True)
+        # A copy replaces the output that branches are added to.
+        module.register_forward_hook(hook, prepend=isinstance(hook, EagerCopy), with_kwargs=True)
 
 
 def unhook(model: nn.Module) -> None:

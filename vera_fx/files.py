@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO, cast
 
 
 @contextlib.contextmanager
@@ -58,7 +58,7 @@ class _Archive(io.RawIOBase):
 
 
 @contextlib.contextmanager
-def archive_at(path: Path) -> Iterator[io.RawIOBase]:
+def archive_at(path: Path) -> Iterator[IO[bytes]]:
     """A new file for torch's archive writer, which ends the process if a write of its own fails.
 
     Raises:
@@ -66,6 +66,6 @@ def archive_at(path: Path) -> Iterator[io.RawIOBase]:
     """
     with path.open("wb") as file:
         archive = _Archive(file)
-        yield archive
+        yield cast("IO[bytes]", archive)
         if archive.error is not None:
             raise archive.error

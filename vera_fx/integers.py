@@ -66,6 +66,6 @@ def _is_size(value: Any) -> TypeGuard[Tensor]:
 
 
 def _replaced(value: Any, changed: dict[str, Any]) -> Any:
-    twin = type(value).__new__(type(value))
+    twin = object.__new__(cast("type[Any]", type(value)))
     twin.__dict__.update(vars(value) | changed)
     return twin

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import threading
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import cast
 
@@ -32,13 +32,13 @@ class Form:
         layout: their targets.
         shapes: the sizes of every tensor under its key in files.
         vectors: for each target's path, the keys of ``lambda_d`` and ``lambda_b``.
-        copies: ``(module path, tensor name)`` -> key of everything that replaces a base tensor.
+        copies: path of every tensor of the base that is replaced -> its key.
     """
 
     layout: Blueprint
     shapes: Mapping[str, torch.Size]
     vectors: Mapping[str, tuple[str, str]]
-    copies: Mapping[tuple[str, str], str]
+    copies: Mapping[str, str]
 
 
 class Packer:
@@ -66,7 +66,7 @@ class Packer:
         mixer = mixer_of(self._model)
         group = mixer.groups[key]
         _check_places(form, group, mixer.copies, folder)
-        copies = {at: state[name].detach().clone() for at, name in form.copies.items()}
+        copies = {path: state[name].detach().clone() for path, name in form.copies.items()}
         row = _row(form, group, state)
         return Packed(config, group, row, copies, self._bank.projections[key])
 
@@ -97,9 +97,7 @@ class Packer:
             if found is not None:
                 vectors[path] = keys[id(found.vera_lambda_d)], keys[id(found.vera_lambda_b)]
         copies = {
-            (path, name): keys[id(tensor)]
-            for path, name, tensor in adapter.copied_tensors()
-            if id(tensor) in keys
+            path: keys[id(tensor)] for path, tensor in adapter.copied.items() if id(tensor) in keys
         }
         return Form(layout, {key: t.shape for key, t in named.items()}, vectors, copies)
 
@@ -142,11 +140,9 @@ def _check_values(form: Form, state: Mapping[str, Tensor], folder: Path) -> None
             )
 
 
-def _check_places(
-    form: Form, group: Group, copies: frozenset[tuple[str, str]], folder: Path
-) -> None:
+def _check_places(form: Form, group: Group, copies: Container[str], folder: Path) -> None:
     targets = [path for path in form.vectors if path not in group.places]
-    others = [f"{path}.{name}" for path, name in form.copies if (path, name) not in copies]
+    others = [path for path in form.copies if path not in copies]
     if targets or others:
         raise CheckpointError(
             f"the adapter in {folder} ({CONFIG_FILE}) has vectors or trained copies for "

@@ -113,10 +113,9 @@ def workload(model: nn.Module, training: Mapping[str, bool], *, trains: bool) ->
 
 def mixed_assignment(model: nn.Module, bank: AdapterBank) -> Assignment:
     """The plans of a batch that mixes adapters: factored, since no weight can serve all rows."""
-    requests = {bank.adapter(name).config.plan for name in bank.adapters}
     weights = (weight_of(model, path) for path in bank.targets)
     slow = any(w.dtype in _HALF and not multiplies_well(w) for w in weights)
-    return Assignment(exact=slow or requests == {"factored"})
+    return Assignment(exact=slow or bank.exact)
 
 
 def mixed_choice(model: nn.Module, graph: torch.fx.GraphModule, bank: AdapterBank) -> Choice:

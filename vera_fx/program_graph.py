@@ -8,10 +8,12 @@ from torch import nn
 from torch.fx import GraphModule
 
 from vera_fx.adapter import Adapter
-from vera_fx.bank import AdapterBank, Slot, bank_of, slot_path
+from vera_fx.bank import AdapterBank, bank_of
+from vera_fx.bank_plan import adaptation_plan
 from vera_fx.capture import Capture
 from vera_fx.checkpoint import owned_tensors
 from vera_fx.errors import AdapterError, ExportError
+from vera_fx.hf import tokenwise
 from vera_fx.merging import folded_weights
 from vera_fx.passes import (
     AdaptationPlan,
@@ -29,6 +31,7 @@ from vera_fx.program_files import constant_name
 from vera_fx.program_module import Read
 from vera_fx.rows import row_count, rows_among
 from vera_fx.signature import Call
+from vera_fx.slots import Slot, slot_path
 from vera_fx.targets import weight_of
 from vera_fx.variants import copy_of
 
@@ -64,7 +67,7 @@ def graph_of(
         return graph, _reads(model, bank, adapter, form) | _folded_reads(model, folded, graph)
     reads = _reads(model, bank, adapter, form)
     if form == "rows":
-        plan = replace(plan, rows=_row_vectors(reads, capture, call))
+        plan = replace(plan, rows=_row_vectors(model, reads, capture, call))
     try:
         # Factored: the plans that merge within the call are no plain ATen operators.
         run_passes(graph, adaptation(plan, Assignment()))
@@ -74,17 +77,21 @@ def graph_of(
 
 
 def _plan(bank: AdapterBank, adapter: Adapter, capture: Capture) -> AdaptationPlan:
-    plan = bank.plan(lambda path: capture.training.get(path, False))
-    # Targets of other adapters get no branch: here they would add zeros.
+    plan = adaptation_plan(bank, lambda path: capture.training.get(path, False))
+    # What other adapters have does not concern a program: zeros, and the base's own tensors.
     own_paths = adapter.vectors.by_path
+    own_copies = {slot_path(0, attribute) for attribute, *_ in bank.slot_tensors(adapter)}
+    redirects = tuple(redirect for redirect in plan.redirects if redirect.copy in own_copies)
     branches = tuple(
         branch if target.path in own_paths else ()
         for target, branch in zip(plan.targets, plan.branches, strict=True)
     )
-    return replace(plan, branches=branches)
+    return replace(plan, branches=branches, redirects=redirects)
 
 
-def _row_vectors(reads: Mapping[str, Read], capture: Capture, call: Call) -> RowVectors:
+def _row_vectors(
+    model: nn.Module, reads: Mapping[str, Read], capture: Capture, call: Call
+) -> RowVectors:
     """Every vector and copy of the adapter as a further input, with an entry per row."""
     rows = row_count(call)
     if not rows:
@@ -97,7 +104,7 @@ def _row_vectors(reads: Mapping[str, Read], capture: Capture, call: Call) -> Row
         sources.append(RowSource(path, f"vector_{number}", 0, shape))
         widths.append((f"vector_{number}", shape, read.value.dtype))
     batched = rows_among(capture.values, call.leaves, rows)
-    return RowVectors(tuple(sources), batched, tuple(widths))
+    return RowVectors(tuple(sources), batched, tuple(widths), tokenwise(model))
 
 
 def _reads(model: nn.Module, bank: AdapterBank, adapter: Adapter, form: str) -> dict[str, Read]:

@@ -49,9 +49,14 @@ class Projections(nn.Module):
         return self.vera_A.shape[0]
 
     def equals(self, vera_A: Tensor, vera_B: Tensor) -> bool:
-        """True if these are bit for bit the given projections."""
+        """True if these are bit for bit the given projections, and of the same dtype.
+
+        A graph multiplies A with what has the dtype of the vectors.
+        """
         pairs = ((self.vera_A, vera_A), (self.vera_B, vera_B))
-        return all(a.shape == b.shape and torch.equal(a, b.to(a)) for a, b in pairs)
+        return all(
+            a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b.to(a)) for a, b in pairs
+        )
 
     def padded(self, max_in: int, max_out: int) -> tuple[Tensor, Tensor]:
         """The projections with zeros up to the given sizes; themselves if large enough.

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from vera_fx.adapter import Adapter
 from vera_fx.bank import AdapterBank, bank_of
-from vera_fx.build import attribute_of
-from vera_fx.mixed import BASE, Mix, Mixer, check_mixture, mixer_of
+from vera_fx.mixed import check_mixture, mixer_of
+from vera_fx.mixer import Mix, Mixer
 from vera_fx.mixture import Held
+from vera_fx.names import BASE
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,7 @@ def mix_again(model: nn.Module, names: Sequence[str], held: Held) -> Mix:
     check_mixture(model, [name for name in names if name not in held.stored] or [BASE])
     bank, mixer = bank_of(model), mixer_of(model)
     wanted = tuple(names if bank.enabled else [BASE] * len(names))
-    tensors = tuple(_read_by(model, bank, mixer, wanted, held))
+    tensors = tuple(_read_by(bank, mixer, wanted, held))
     kept: Kept | None = held.kept
     if kept is not None and kept.still(mixer, wanted, tensors):
         return kept.mix
@@ -63,15 +64,12 @@ def mix_again(model: nn.Module, names: Sequence[str], held: Held) -> Mix:
     return mix
 
 
-def _read_by(
-    model: nn.Module, bank: AdapterBank, mixer: Mixer, names: Sequence[str], held: Held
-) -> Iterator[Tensor]:
+def _read_by(bank: AdapterBank, mixer: Mixer, names: Sequence[str], held: Held) -> Iterator[Tensor]:
     """Every tensor that may change and that gathering reads."""
     for name in dict.fromkeys(names):
         if name != BASE and name not in held.stored:
             yield from _own(bank.adapter(name))
-    for path, name in mixer.copies:
-        yield attribute_of(model.get_submodule(path), name)
+    yield from (base for _, base in mixer.bases())
 
 
 def _own(adapter: Adapter) -> Iterator[Tensor]:

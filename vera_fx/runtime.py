@@ -6,7 +6,7 @@ compile cache.
 """
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,26 +14,26 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from vera_fx._torch import outside_dynamo
+from vera_fx.adapting import adapted, mixed
 from vera_fx.advice import advise
 from vera_fx.bank import AdapterBank, bank_of
 from vera_fx.capture import Capture, capture_call, original_class
 from vera_fx.errors import AdapterError, CaptureError, first_line
 from vera_fx.hooks import EagerHook
-from vera_fx.mixed import Mix, mix_of
+from vera_fx.mixed import mix_of
+from vera_fx.mixer import Mix
 from vera_fx.mixture import held_by
 from vera_fx.parts import Parts, split
-from vera_fx.passes import Choice
-from vera_fx.planning import mixed_assignment, mixed_choice, open_sizes, planner, workload
 from vera_fx.regather import mix_again
 from vera_fx.returned import restore
-from vera_fx.rows import row_names, rows_among
+from vera_fx.rows import row_names
 from vera_fx.signature import Call, CallReader
-from vera_fx.targets import in_bank
-from vera_fx.variants import Variant, adapt_graph, as_target_errors
+from vera_fx.slots import open_ranks
+from vera_fx.targets import in_bank, weight_of
 from vera_fx.watch import StateWatch
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterator
+    from collections.abc import Hashable, Iterator, Mapping
 
 
 _UNKNOWN: Any = object()
@@ -45,6 +45,7 @@ class Ready:
 
     graph: GraphModule
     capture: Capture
+    refused: "Mapping[str, str]" = field(default_factory=dict[str, str])
 
 
 @dataclass(slots=True)
@@ -68,6 +69,7 @@ class Runtime:
     memo_limit = 4096
 
     def __init__(self, model: nn.Module, entry: str = "", parts: Parts | None = None) -> None:
+        open_ranks("served")
         self.reader = CallReader(_entry_forward(model, entry)[0])
         self._forward = _entry_forward(model, entry)[1]
         self._entry, self.parts = entry, parts or Parts()
@@ -104,7 +106,12 @@ class Runtime:
             CaptureError: a mixture's call cannot be captured.
             TargetError: a target is used in a way that cannot be adapted.
         """
-        structure = (mix.structure, mix.dropout) if mix else bank_of(model).structure
+        if mix is None:
+            bank = bank_of(model)
+            bank.follow()
+            structure = bank.binding.structure, bank.binding.dropout
+        else:
+            structure = mix.mixer.structure, mix.dropout
         key = (call.key, self.watch.state(), structure, _ambient(), torch.is_grad_enabled())
         found = self._memo.get(key, _UNKNOWN)
         if found is _UNKNOWN:
@@ -128,11 +135,12 @@ class Runtime:
         signature = (call.structure(), self.watch.state(), _ambient())
         for capture in reversed(self.captures.get(signature, [])):
             if capture.guards.admit(call.leaves):
-                return self._adapted(model, capture, call, mix)
+                return _ready(model, capture, call, mix)
         try:
             capture = capture_call(model, self._forward, self.reader, call)
         except CaptureError as error:
-            if mix is not None:
+            # Without values a module cannot run in Python either.
+            if mix is not None or any(weight_of(model, p).is_meta for p in bank_of(model).targets):
                 raise
             split(model, self.parts, self._entry, first_line(error))
             return None
@@ -141,7 +149,7 @@ class Runtime:
                 f"the graph captured from this call of {type(model).__name__} does not admit the "
                 "call's own sizes; this is a fault of vera_fx, please report it with the model"
             )
-        ready = self._adapted(model, capture, call, mix)
+        ready = _ready(model, capture, call, mix)
         signature = (call.structure(), self.watch.state(), _ambient())
         before = next(reversed(self.captures), None)
         self.captures.setdefault(signature, []).append(capture)
@@ -149,19 +157,12 @@ class Runtime:
         advise(type(model).__name__, count, signature[0], before[0] if before else None)
         return ready
 
-    def _adapted(self, model: nn.Module, capture: Capture, call: Call, mix: Mix | None) -> Ready:
-        if mix is not None:
-            return Ready(_mixed(model, capture, call, mix).graph, capture)
-        bank = bank_of(model)
-        if not bank.structure:
-            return Ready(capture.graph, capture)
-        variants = capture.variants.setdefault(bank.structure, {})
-        choice = _choose(model, capture, call, [*variants])
-        variant = variants.get(choice.assignment)
-        if variant is None:
-            plan = bank.plan(lambda path: capture.training.get(path, False))
-            variant = variants[choice.assignment] = adapt_graph(plan, capture, choice)
-        return Ready(variant.for_call(), capture)
+
+def _ready(model: nn.Module, capture: Capture, call: Call, mix: Mix | None) -> Ready:
+    if mix is None:
+        return Ready(adapted(model, capture, call), capture)
+    variant = mixed(model, capture, call, mix)
+    return Ready(variant.graph, capture, variant.refused)
 
 
 def _entry_forward(model: nn.Module, entry: str) -> tuple[Any, Any]:
@@ -174,41 +175,6 @@ def _entry_forward(model: nn.Module, entry: str) -> tuple[Any, Any]:
         return shell.get_submodule(entry)(*args, **kwargs)
 
     return model.get_submodule(entry).forward, run
-
-
-def _mixed(model: nn.Module, capture: Capture, call: Call, mix: Mix) -> Variant:
-    """The variant whose rows may each have another adapter."""
-    bank = bank_of(model)
-    if mix.dropout:
-        _refuse_dropout(capture, bank)
-    batched = rows_among(capture.values, call.leaves, mix.rows)
-    variants = capture.variants.setdefault((mix.structure, batched), {})
-    assignment = mixed_assignment(model, bank)
-    if assignment not in variants:
-        with as_target_errors():
-            choice = mixed_choice(model, capture.graph, bank)
-        variants[assignment] = adapt_graph(mix.plan(batched), capture, choice)
-    return variants[assignment]
-
-
-def _refuse_dropout(capture: Capture, bank: AdapterBank) -> None:
-    training = [path for path in bank.targets if capture.training.get(path)]
-    if training:
-        raise AdapterError(
-            f"adapter_names mixes adapters for inference, without vera_dropout, and the target "
-            f"{training[0]!r} is in train mode; call model.eval()"
-        )
-
-
-def _choose(model: nn.Module, capture: Capture, call: Call, known: list[Any]) -> Choice:
-    """The plans for the call's sizes; those of a graph that exists if they are good enough."""
-    bank = bank_of(model)
-    if bank.structure not in capture.planners:
-        with as_target_errors():
-            capture.planners[bank.structure] = planner(model, capture.graph)
-    sizes = open_sizes(capture.values, call.leaves)
-    work = workload(model, capture.training, trains=torch.is_grad_enabled())
-    return capture.planners[bank.structure].choose(sizes, work, known)
 
 
 def require_adapted(model: nn.Module) -> AdapterBank:
@@ -268,7 +234,9 @@ def prepare(
         return None
     mix = _mix_for(model, call, names)
     ready = runtime.ready(model, call, mix)
-    if mix is not None:
+    if mix is not None and ready is not None:
+        if ready.refused:
+            mix.check(ready.refused)
         call.leaves += mix.tensors
     return None if ready is None else Prepared(ready.graph, ready.capture, call)
 

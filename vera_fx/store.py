@@ -7,7 +7,7 @@ import tempfile
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,14 @@ class StoreCounts:
     hits: int = 0
     evictions: int = 0
     failures: int = 0
+
+
+@dataclass(slots=True)
+class _Reading:
+    """An adapter that some thread reads and others wait for; over once it is read or deleted."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    over: bool = False
 
 
 class AdapterStore:
@@ -79,9 +87,8 @@ class AdapterStore:
         self._packer = Packer(model)
         self._lock = threading.Lock()
         self._loaded: OrderedDict[str, Packed] = OrderedDict()
-        self._loading: dict[str, threading.Lock] = {}
+        self._readings: dict[str, _Reading] = {}
         self._pins: Counter[str] = Counter()
-        self._deletions = 0
         self._bank.__dict__[STORE] = self
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> None:
@@ -205,7 +212,8 @@ class AdapterStore:
             except OSError as error:
                 raise AdapterError(f"adapter {name!r} cannot be deleted: {error}") from error
             self._loaded.pop(name, None)
-            self._deletions += 1
+            if name in self._readings:
+                self._readings.pop(name).over = True
         shutil.rmtree(aside, ignore_errors=True)
 
     def _check_free(self, name: str) -> None:
@@ -225,58 +233,58 @@ class AdapterStore:
 
     def _get(self, name: str) -> Packed:
         while True:
-            found, lock, deletions = self._look(name)
+            found, reading = self._look(name)
             if found is not None:
                 return found
-            with lock:  # one thread reads, the others wait for it
-                if name in self._loaded:
-                    continue
-                packed = self._read(name, self._path(name))
-                with self._lock:
-                    self._loading.pop(name, None)
-                    if deletions != self._deletions:  # of this name, perhaps
-                        continue
-                    self._loaded[name] = packed
-                    self._make_room()
-                    return packed
+            with reading.lock:  # one thread reads, the others wait for it
+                if not reading.over:
+                    packed = self._read_or_forget(name, reading)
+                    if packed is not None:
+                        return packed
 
-    def _look(self, name: str) -> tuple[Packed | None, threading.Lock, int]:
+    def _look(self, name: str) -> tuple[Packed | None, _Reading]:
         with self._lock:
             found = self._loaded.get(name)
             if found is not None and self._packer.fits(found):
                 self._loaded.move_to_end(name)
                 self.counts.hits += 1
-            elif found is not None:
-                found = self._loaded.pop(name) and None
-            lock = self._loading.setdefault(name, threading.Lock()) if found is None else self._lock
-            return found, lock, self._deletions
+                return found, _Reading()
+            self._loaded.pop(name, None)
+            return None, self._readings.setdefault(name, _Reading())
+
+    def _read_or_forget(self, name: str, reading: _Reading) -> Packed | None:
+        """The adapter, kept; None if it was deleted while it was read, which may look like damage."""
+        error = None
+        try:
+            packed = self._read(name, self._path(name))
+        except VeraFxError as found:
+            packed, error = None, found
+        with self._lock:
+            if reading.over:
+                return None
+            self._readings.pop(name).over = True
+            if packed is not None:
+                self._loaded[name] = packed
+                self._make_room()
+            self.counts.failures += isinstance(error, CheckpointError)
+        if error is not None:
+            raise error
+        return packed
 
     def _read(self, name: str, path: Path) -> Packed:
         if not path.is_dir():
-            raise self._forgotten(name)
+            raise self._unknown(name)
         try:
             packed = self._packer.read(path)
         except VeraFxError:
-            self._count_failure(name)
             raise
         except Exception as error:
-            self._count_failure(name)
             raise CheckpointError(
                 f"adapter {name!r} in {path} cannot be read: {first_line(error)}"
             ) from error
         with self._lock:
             self.counts.loads += 1
         return packed
-
-    def _forgotten(self, name: str) -> AdapterError:
-        with self._lock:
-            self._loading.pop(name, None)
-        return self._unknown(name)
-
-    def _count_failure(self, name: str) -> None:
-        with self._lock:
-            self.counts.failures += 1
-            self._loading.pop(name, None)
 
     def _make_room(self) -> None:
         """Drop the adapters that were not used for longest; those of running batches stay."""

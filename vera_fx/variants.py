@@ -1,7 +1,7 @@
 """Adapted graphs: a captured graph after the passes, for one structure of the bank and its plans."""
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -16,15 +16,17 @@ from vera_fx.passes import (
     AdaptationPlan,
     Choice,
     PipelineReport,
+    RowError,
     SiteError,
     adaptation,
     is_outlined,
     outlining,
     run_passes,
 )
+from vera_fx.slots import served_path
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 
 @dataclass(slots=True)
@@ -35,12 +37,17 @@ class Variant:
         graph: the adapted graph, flat.
         report: what the passes did.
         choice: the plans and why.
+        refused: what a graph for mixtures does without, because it cannot differ from row to row:
+            the reasons by path of a target or of a tensor.
+        served: the same over the slots for calls without gradients, once it was asked for.
         outlined: the same with equal layers as calls of one function, once it was asked for.
     """
 
     graph: GraphModule
     report: PipelineReport
     choice: Choice
+    refused: "Mapping[str, str]" = field(default_factory=dict[str, str])
+    served: GraphModule | None = None
     outlined: GraphModule | None = None
 
     def for_call(self) -> GraphModule:
@@ -50,7 +57,8 @@ class Variant:
         layer when compiled: nothing in a training step, much when one token is decoded.
         """
         if not torch.is_grad_enabled():
-            return self.graph
+            self.served = self.served or _served(self.graph)
+            return self.served
         if self.outlined is None:
             outlined = copy_of(self.graph)
             self.report += run_passes(outlined, outlining(outline_least()), run_options("outline"))
@@ -61,11 +69,22 @@ class Variant:
         return self.outlined
 
 
+def _served(graph: GraphModule) -> GraphModule:
+    served = copy_of(graph)
+    for node in served.graph.nodes:
+        if node.op == "get_attr":
+            node.target = served_path(str(node.target))
+    served.recompile()
+    return served
+
+
 @contextlib.contextmanager
 def as_target_errors() -> "Iterator[None]":
     """What passes say of a site, as the error that users know."""
     try:
         yield
+    except RowError:  # an answer to mixtures, not to users
+        raise
     except SiteError as error:
         raise TargetError(str(error)) from error
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 import uvicorn
 
@@ -17,8 +18,11 @@ def main(
     capacity: int = 1024,
     max_batch: int = 32,
     max_wait: Annotated[float, typer.Option(help="seconds")] = 0.005,
+    threads: Annotated[int, typer.Option(min=0, help="of torch; 0 for all cores")] = 0,
 ) -> None:
     """Serve until interrupted; requests that wait are answered first."""
+    if threads:
+        torch.set_num_threads(threads)
     classify, store = serving(folder, capacity)
     app = create_app(classify, store, LABELS, max_batch=max_batch, max_wait=max_wait)
     uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=10)

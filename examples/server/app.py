@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field
 
 import vera_fx
 from examples.server.batcher import Batcher, Classify, OverloadedError
+from examples.server.gate import Gate
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Limits:
 
     Attributes:
         text: most characters of a text.
-        upload: most bytes of an upload's body.
+        upload: most bytes of any request's body.
         adapters: most adapters in the folder.
     """
 
@@ -55,6 +56,7 @@ class Service:
         self.batcher, self.store = batcher, batcher.store
         self.labels, self.limits = labels, limits
         self.statuses: Counter[int] = Counter()
+        self.adding = asyncio.Lock()
 
     @contextlib.asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
@@ -62,12 +64,6 @@ class Service:
         self.batcher.start()
         yield
         await self.batcher.stop()
-
-    async def count(self, request: Request, call_next: Any) -> Response:
-        """Count responses by status."""
-        response = await call_next(request)
-        self.statuses[response.status_code] += 1
-        return response
 
     async def classify(self, question: Question) -> Answer:
         """Judge a text."""
@@ -83,22 +79,25 @@ class Service:
             raise HTTPException(404, "there is no such adapter any more") from None
         except vera_fx.VeraFxError:
             raise HTTPException(422, "this adapter cannot be used") from None
+        except Exception as error:
+            raise HTTPException(500, "the model failed on this text") from error
         named = dict(zip(self.labels, scores, strict=True))
         return Answer(label=max(named, key=lambda label: named[label]), scores=named)
 
     async def upload(self, name: str, request: Request) -> dict[str, str]:
         """Take a new adapter; it serves at once."""
-        if name in self.store:
-            raise HTTPException(409, "there is an adapter of that name; delete it first")
-        if len(self.store.names()) >= self.limits.adapters:
-            raise HTTPException(507, "there is no room for more adapters")
-        config, weights = _parts(await _body(request, self.limits.upload))
-        try:
-            await asyncio.to_thread(_add, self.store, name, config, weights)
-        except vera_fx.AdapterError as error:
-            raise HTTPException(400, str(error)[:500]) from None
-        except vera_fx.VeraFxError:
-            raise HTTPException(422, "these files are no adapter for this model") from None
+        config, weights = _parts(await request.body())
+        async with self.adding:
+            if name in self.store:
+                raise HTTPException(409, "there is an adapter of that name; delete it first")
+            if len(await asyncio.to_thread(self.store.names)) >= self.limits.adapters:
+                raise HTTPException(409, "there is no room for more adapters; delete one first")
+            try:
+                await asyncio.to_thread(_add, self.store, name, config, weights)
+            except vera_fx.AdapterError as error:
+                raise HTTPException(400, str(error)[:500]) from None
+            except vera_fx.VeraFxError:
+                raise HTTPException(422, "these files are no adapter for this model") from None
         return {"adapter": name}
 
     async def delete(self, name: str) -> None:
@@ -110,7 +109,8 @@ class Service:
 
     async def health(self) -> dict[str, Any]:
         """Answer as long as the event loop turns."""
-        return {"status": "ok", "adapters": len(self.store.names())}
+        names = await asyncio.to_thread(self.store.names)
+        return {"status": "ok", "adapters": len(names)}
 
     async def metrics(self) -> Response:
         """Counters in Prometheus' text form."""
@@ -147,22 +147,13 @@ def create_app(
         raise ValueError(f"max_batch is {max_batch}, but the store keeps only {store.capacity}")
     service = Service(Batcher(classify, store, max_batch, max_wait), labels, limits or Limits())
     app = FastAPI(title="vera_fx", lifespan=service.lifespan)
-    app.middleware("http")(service.count)
+    app.add_middleware(Gate, limit=service.limits.upload, statuses=service.statuses)
     app.post("/classify")(service.classify)
     app.put("/adapters/{name}", status_code=201)(service.upload)
     app.delete("/adapters/{name}", status_code=204)(service.delete)
     app.get("/health")(service.health)
     app.get("/metrics")(service.metrics)
     return app
-
-
-async def _body(request: Request, limit: int) -> bytes:
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
-            raise HTTPException(413, f"an upload may have at most {limit} bytes")
-    return bytes(body)
 
 
 def _parts(body: bytes) -> tuple[dict[str, Any], bytes]:

@@ -84,7 +84,10 @@ class Batcher:
         while not last:
             batch, last = await self._gather()
             if batch:
-                answers = await loop.run_in_executor(self._thread, self._answers, batch)
+                try:
+                    answers = await loop.run_in_executor(self._thread, self._answers, batch)
+                except Exception as error:  # the next batch is to be served whatever this one met
+                    answers = [error] * len(batch)
                 for item, answer in zip(batch, answers, strict=True):
                     _settle(item.result, answer)
 
@@ -126,7 +129,8 @@ class Batcher:
             return []
         self.counts.update(batches=1, rows=len(batch))
         try:
-            return [*self.classify([i.text for i in batch], [i.adapter for i in batch])]
+            scores = self.classify([i.text for i in batch], [i.adapter for i in batch])
+            return [row for _, row in zip(batch, scores, strict=True)]
         except Exception as error:
             if len(batch) == 1:
                 return [error]

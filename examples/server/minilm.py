@@ -29,15 +29,23 @@ def load_base() -> tuple[Any, Any]:
     return model.eval(), AutoTokenizer.from_pretrained(bundled())
 
 
-def classifier(model: Any, tokenizer: Any, *, length: int = 64) -> Classify:
-    """Texts and adapters' names -> probabilities."""
+def classifier(model: Any, tokenizer: Any, *, length: int = 64, mixed: bool = True) -> Classify:
+    """Texts and adapters' names -> probabilities.
+
+    Args:
+        model: an adapted model.
+        tokenizer: its tokenizer.
+        length: most tokens of a text.
+        mixed: False to let the active adapter judge, whatever the names.
+    """
 
     def classify(texts: Sequence[str], names: Sequence[str]) -> list[list[float]]:
         batch = tokenizer(
             list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt"
         )
+        rows = {"adapter_names": list(names)} if mixed else {}
         with torch.inference_mode():
-            return model(**batch, adapter_names=list(names)).logits.softmax(-1).tolist()
+            return model(**batch, **rows).logits.softmax(-1).tolist()
 
     return classify
 

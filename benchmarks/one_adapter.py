@@ -1,0 +1,42 @@
+"""The example server for a single adapter, merged into the base: what one process per adapter runs.
+
+python -m benchmarks.one_adapter --adapter movies --port 8001
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+import uvicorn
+
+import vera_fx
+from examples.server.app import create_app
+from examples.server.minilm import LABELS, classifier, load_base
+
+
+def main(
+    adapter: str,
+    port: int,
+    folder: Annotated[Path, typer.Option()] = Path("out/server"),
+    threads: Annotated[int, typer.Option(min=1)] = 1,
+) -> None:
+    """Serve until interrupted."""
+    torch.set_num_threads(threads)
+    model, tokenizer = load_base()
+    vera_fx.load_adapter(model, folder / "adapters" / adapter)
+    store = vera_fx.AdapterStore(model, folder / "adapters", capacity=64)  # says who exists
+    vera_fx.merge(model)
+    judge = classifier(model, tokenizer, mixed=False)
+
+    def classify(texts: Sequence[str], _names: Sequence[str]) -> list[list[float]]:
+        return judge(texts, [])
+
+    classify(["warm up"], [])
+    classify(["warm up"] * 2, [])
+    uvicorn.run(create_app(classify, store, LABELS), port=port, log_level="warning")
+
+
+if __name__ == "__main__":
+    typer.run(main)
