@@ -34,6 +34,7 @@ from .insert_vera import Branch, InsertVera
 from .lower_branch import LowerBranch
 from .merge_weight import MergeWeight
 from .outline_layers import OutlineLayers, is_outlined
+from .recompute_in_backward import RecomputeInBackward
 from .redirect_parameters import Redirect, RedirectParameters
 from .row_vectors import RowSource, RowVectors
 from .scale_branch import ScaleBranch
@@ -64,6 +65,7 @@ __all__ = [
     "PassRecord",
     "PassReport",
     "PipelineReport",
+    "RecomputeInBackward",
     "Redirect",
     "RedirectParameters",
     "Rewrite",
@@ -90,11 +92,11 @@ __all__ = [
     "graph_text",
     "is_outlined",
     "module_paths",
-    "outlining",
     "resolve",
     "run_passes",
     "site_groups",
     "tag_of",
+    "training",
 ]
 
 
@@ -136,6 +138,11 @@ def adaptation(
     )
 
 
-def outlining(least: int) -> tuple[GraphPass, ...]:
-    """The pass over an adapted graph for training: at least so many equal layers share a body."""
-    return (OutlineLayers(least),)
+def training(assignment: Assignment, least: int) -> tuple[GraphPass, ...]:
+    """The passes over an adapted graph that is to be trained, in order.
+
+    Args:
+        assignment: how each site's branch is computed.
+        least: how many equal layers are to share a body.
+    """
+    return (RecomputeInBackward(assignment.folds_again), OutlineLayers(least))

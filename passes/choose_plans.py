@@ -4,7 +4,7 @@ Shape letters: T tokens, I in_features, O out_features, R rank.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch.fx import GraphModule, Node
@@ -25,6 +25,11 @@ _TOLERATED = 0.05
 """How much more than the best an existing graph's plans may cost, as a share of the base's work."""
 
 
+_FOLDS = 8
+"""Tokens per rank from which a merged weight is folded again in backward: the second fold then costs
+at most a sixteenth of the base's own products, and the weight's O*I elements are not kept."""
+
+
 @dataclass(frozen=True, slots=True)
 class Assignment:
     """The plan of every site; hashable, so that graphs can be kept by it.
@@ -33,12 +38,14 @@ class Assignment:
         merged: names of the sites whose plan it is; likewise `dense` and `scaled`. The rest are
             factored.
         exact: keep the order and dtypes of PEFT's operations, also over half-precision bases.
+        folds_again: sites whose merged weight is computed again in backward rather than kept.
     """
 
     merged: frozenset[str] = frozenset()
     dense: frozenset[str] = frozenset()
     scaled: frozenset[str] = frozenset()
     exact: bool = False
+    folds_again: frozenset[str] = frozenset()
 
     def plan_of(self, site: str) -> str:
         """The plan of one site, by name."""
@@ -136,6 +143,7 @@ def choose_plans(
     best = _choice(sized, work, costs, lambda found, _: _best(found, work))
     for assignment in known:
         other = _choice(sized, work, costs, lambda _, name, a=assignment: a.plan_of(name))
+        other.assignment = replace(other.assignment, folds_again=assignment.folds_again)
         if not work.restricted and other.cost - best.cost <= _TOLERATED * best.base_cost:
             return other
     return best
@@ -149,16 +157,21 @@ def _choice(
 ) -> Choice:
     choice = Choice(Assignment())
     plans: dict[str, str] = {}
+    again: set[str] = set()
     for group, tokens in sized:
         for name, target in group.sites:
             found = costs(tokens, target, work, len(group.sites))
             plan = plans[name] = plan_of(found, name)
+            if work.trains and plan in {"merged", "dense"} and _FOLDS * max(work.ranks) <= tokens:
+                again.add(name)
             choice.cost += found[plan]
             choice.base_cost += found["base"]
             choice.reasons[name] = _reason(found, tokens, work)
     names = {p: frozenset(n for n, q in plans.items() if q == p) for p in PLANS}
     exact = work.request == "factored" or (work.slow_half and work.is_open)
-    choice.assignment = Assignment(names["merged"], names["dense"], names["scaled"], exact=exact)
+    choice.assignment = Assignment(
+        names["merged"], names["dense"], names["scaled"], exact, frozenset(again)
+    )
     return choice
 
 

@@ -5,17 +5,56 @@ They are importable by name, as FX needs. torch.compile traces into them like in
 Shape letters: L leading dims, T their product, I in_features, O out_features, R rank.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.utils import checkpoint
+
+
+def merged_weight(weight: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
+    """``W + diag(b) B diag(d) A`` in the dtype of W, added up in that of the vectors.
+
+    Args:
+        weight: base weight, ``(O, I)``.
+        A: ``(R, I)``, frozen.
+        B: ``(O, R)``, frozen.
+        d: ``lambda_d``, ``(R,)``.
+        b: ``lambda_b``, ``(O,)``.
+
+    Returns:
+        ``(O, I)``. No gradient flows through it: `merged_linear` derives those of the vectors.
+    """
+    weight, d, b = weight.detach(), d.detach(), b.detach()
+    E_OR = b[:, None] * B * d
+    if weight.dtype == E_OR.dtype:
+        return torch.addmm(weight, E_OR, A)
+    return torch.addmm(weight.to(E_OR.dtype), E_OR, A).to(weight.dtype)
+
+
+def merged_weight_again(weight: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
+    """`merged_weight`, `recomputed`."""
+    return recomputed(merged_weight, weight, A, B, d, b)
+
+
+def recomputed(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """``function(*inputs)``, which compiled code computes again in backward rather than keep.
+
+    torch.compile marks what a checkpoint calls as cheaper to compute than to keep. Eagerly that
+    would cost a second forward of the region and its bookkeeping, so eager code keeps the result.
+    """
+    if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+        return checkpoint.checkpoint(function, *inputs, use_reentrant=False)  # pyright: ignore
+    return function(*inputs)
 
 
 def merged_linear(  # noqa: PLR0913, PLR0917
     x: Tensor,
     z: Tensor | None,
+    merged: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     A: Tensor,
@@ -33,6 +72,7 @@ def merged_linear(  # noqa: PLR0913, PLR0917
         x: input, ``(*L, I)``.
         z: ``x @ A.T``, ``(*L, R)``, no gradient flows into it. None to use ``M = (G.T @ x) @ A.T``
             instead, which is less work where R is larger than about half of I.
+        merged: `merged_weight` of the rest, ``(O, I)``.
         weight: base weight, ``(O, I)``.
         bias: base bias, ``(O,)``, or None.
         A: ``(R, I)``, frozen.
@@ -43,7 +83,7 @@ def merged_linear(  # noqa: PLR0913, PLR0917
     Returns:
         ``(*L, O)`` in the dtype of ``x``. Differentiable once.
     """
-    return _MergedLinear.apply(x, z, weight, bias, A, B, d, b)  # type: ignore[no-any-return]
+    return _MergedLinear.apply(x, z, merged, weight, bias, A, B, d, b)  # type: ignore[no-any-return]
 
 
 class _MergedLinear(torch.autograd.Function):
@@ -52,6 +92,7 @@ class _MergedLinear(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         z: Tensor | None,
+        merged: Tensor,
         weight: Tensor,
         bias: Tensor | None,
         A: Tensor,
@@ -59,8 +100,8 @@ class _MergedLinear(torch.autograd.Function):
         d: Tensor,
         b: Tensor,
     ) -> Tensor:
-        merged = _merge(weight, A, B, d, b)
-        keeps_x = z is None or ctx.needs_input_grad[2]
+        del weight  # only its gradient, if the base was unfrozen after capture
+        keeps_x = z is None or ctx.needs_input_grad[3]
         ctx.save_for_backward(x if keeps_x else None, z, merged, A, B, d, b)
         return F.linear(x, merged, bias)
 
@@ -74,22 +115,13 @@ class _MergedLinear(torch.autograd.Function):
         needs = ctx.needs_input_grad
         G_TO = grad.reshape(-1, grad.shape[-1])
         grad_x = grad @ merged if needs[0] else None
-        # The base may have been unfrozen after capture.
-        grad_weight = G_TO.T @ x.reshape(-1, x.shape[-1]) if needs[2] else None
-        grad_bias = G_TO.sum(0) if needs[3] else None
+        grad_weight = G_TO.T @ x.reshape(-1, x.shape[-1]) if needs[3] else None
+        grad_bias = G_TO.sum(0) if needs[4] else None
         grad_d = grad_b = None
-        if needs[6] or needs[7]:
+        if needs[7] or needs[8]:
             BM_OR = B * _product(G_TO, x, z, A)
             grad_d, grad_b = b @ BM_OR, BM_OR @ d
-        return grad_x, None, grad_weight, grad_bias, None, None, grad_d, grad_b
-
-
-def _merge(weight: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
-    """``W + diag(b) B diag(d) A`` in the dtype of W, added up in that of the vectors."""
-    E_OR = b[:, None] * B * d
-    if weight.dtype == E_OR.dtype:
-        return torch.addmm(weight, E_OR, A)
-    return torch.addmm(weight.to(E_OR.dtype), E_OR, A).to(weight.dtype)
+        return grad_x, None, None, grad_weight, grad_bias, None, None, grad_d, grad_b
 
 
 def _product(G_TO: Tensor, x: Tensor | None, z: Tensor | None, A: Tensor) -> Tensor:

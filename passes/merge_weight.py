@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 from ._graph import Tag, emit, replace_uses, tensor_of
 from ._protocol import Numerics, PassReport, Rewrite, Skip
 from .branches import InsertedBranch, erase_unused, inserted_branches
-from .functions import merged_linear
+from .functions import merged_linear, merged_weight
 from .sites import linear_operands
 
 aten = torch.ops.aten
@@ -56,7 +56,8 @@ class MergeWeight:
         %cut_A: f32[2, 3] = slice(%slot_vera_a, 1, 0, 3)
         %z: f32[s0, 2] = linear(%x, %cut_A)
         %cut_B: f32[5, 2] = slice(%slot_vera_b, 0, 0, 5)
-        %merged: f32[s0, 5] = merged_linear(%x, %z, %lin_weight, %lin_bias, %cut_A, %cut_B, %slot_lambda_d, %slot_lambda_b)
+        %merged_weight: f32[5, 3] = merged_weight(%lin_weight, %cut_A, %cut_B, %slot_lambda_d, %slot_lambda_b)
+        %merged: f32[s0, 5] = merged_linear(%x, %z, %merged_weight, %lin_weight, %lin_bias, %cut_A, %cut_B, %slot_lambda_d, %slot_lambda_b)
         return [%merged]
 
     Needs: branches inserted by `InsertVera`, alone at their site.
@@ -103,7 +104,11 @@ def _merge(gm: GraphModule, branch: InsertedBranch, *, through_z: bool) -> None:
             flipped = Tag(_ME, branch.site, "weight_t")
             weight = emit(gm, aten.t.default, (weight,), like=base, tag=flipped)
         z: Node | None = branch.z if through_z else None
-        operands = (x, z, weight, bias, branch.A, branch.B, branch.d, branch.b)
+        vera = (branch.A, branch.B, branch.d, branch.b)
+        folded = Tag(_ME, branch.site, "merged_weight")
+        shape = tensor_of(weight).shape
+        fold = emit(gm, merged_weight, (weight, *vera), like=base, tag=folded, shape=shape)
+        operands = (x, z, fold, weight, bias, *vera)
         shape = tensor_of(base).shape
         merged = emit(gm, merged_linear, operands, like=base, tag=tag, shape=shape)
     last = branch.output

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vera_fx.passes import PLANS, Costs, Target, Workload, allowed
-from vera_fx.passes.functions import merged_linear
+from vera_fx.passes.functions import merged_linear, merged_weight
 
 _REPEATS = 3
 
@@ -80,7 +80,8 @@ def _steps(
         return torch.addmm(F.linear(x, W), F.linear(x, A) if z is None else z, E_OR.t())
 
     def merged(d: Tensor, b: Tensor, z: Tensor | None) -> Tensor:
-        return merged_linear(x, None if z is None else z.detach(), W, None, A, B, d, b)
+        fold = merged_weight(W, A, B, d, b)
+        return merged_linear(x, None if z is None else z.detach(), fold, W, None, A, B, d, b)
 
     return {
         "base": lambda: step(lambda *_: F.linear(x, W), z=False),

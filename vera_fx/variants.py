@@ -20,8 +20,8 @@ from vera_fx.passes import (
     SiteError,
     adaptation,
     is_outlined,
-    outlining,
     run_passes,
+    training,
 )
 from vera_fx.slots import served_path
 
@@ -40,7 +40,8 @@ class Variant:
         refused: what a graph for mixtures does without, because it cannot differ from row to row:
             the reasons by path of a target or of a tensor.
         served: the same over the slots for calls without gradients, once it was asked for.
-        outlined: the same with equal layers as calls of one function, once it was asked for.
+        trained: the same for calls with gradients, once it was asked for: what is cheap is computed
+            again in backward, and equal layers are calls of one function.
     """
 
     graph: GraphModule
@@ -48,7 +49,7 @@ class Variant:
     choice: Choice
     refused: "Mapping[str, str]" = field(default_factory=dict[str, str])
     served: GraphModule | None = None
-    outlined: GraphModule | None = None
+    trained: GraphModule | None = None
 
     def for_call(self) -> GraphModule:
         """The graph for a call that is made now.
@@ -59,14 +60,13 @@ class Variant:
         if not torch.is_grad_enabled():
             self.served = self.served or _served(self.graph)
             return self.served
-        if self.outlined is None:
-            outlined = copy_of(self.graph)
-            self.report += run_passes(outlined, outlining(outline_least()), run_options("outline"))
-            found = is_outlined(outlined.graph)
-            self.outlined = outlined if found else self.graph
-            if found:
-                skip_frame(type(outlined).forward)
-        return self.outlined
+        if self.trained is None:
+            self.trained = copy_of(self.graph)
+            passes = training(self.choice.assignment, outline_least())
+            self.report += run_passes(self.trained, passes, run_options("train"))
+            if is_outlined(self.trained.graph):
+                skip_frame(type(self.trained).forward)
+        return self.trained
 
 
 def _served(graph: GraphModule) -> GraphModule:

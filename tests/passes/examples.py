@@ -19,6 +19,7 @@ from vera_fx.passes import (
     LowerBranch,
     MergeWeight,
     OutlineLayers,
+    RecomputeInBackward,
     Redirect,
     RedirectParameters,
     RowSource,
@@ -75,6 +76,11 @@ class OneLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.lin(x)
+
+
+class Activated(OneLinear):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lin(nn.functional.silu(x))
 
 
 class TwoReaders(nn.Module):
@@ -175,6 +181,13 @@ def adapted_linear() -> GraphModule:
     return graph
 
 
+def merged_linear() -> GraphModule:
+    graph = graph_of(Activated(), torch.randn(4, 3))
+    dense = MergeWeight(through_x=frozenset({"lin"}))
+    run_passes(graph, (one_target(), dense))
+    return graph
+
+
 def adapted_readers() -> GraphModule:
     graph = graph_of(TwoReaders(), torch.randn(4, 3))
     run_passes(graph, (two_targets(),))
@@ -222,6 +235,7 @@ EXAMPLES: dict[str, Example] = {
     ),
     "LowerBranch": Example(LowerBranch(), half_linear),
     "MergeWeight": Example(MergeWeight(through_z=frozenset({"lin"})), adapted_linear),
+    "RecomputeInBackward": Example(RecomputeInBackward(frozenset({"lin"})), merged_linear),
     "OutlineLayers": Example(OutlineLayers(2), lambda: graph_of(Stack(), torch.randn(4, 3))),
     "ScaleBranch": Example(ScaleBranch(frozenset({"lin"})), adapted_linear),
     "ShareProjection": Example(ShareProjection(), adapted_readers),
