@@ -62,8 +62,11 @@ def test_implementations_of_the_experts(base: nn.Module) -> None:
         assert_far_apart(grouped, base(input_ids=tokens()).logits)
         assert len(vera_fx.explain(model).graphs) == 2
         model.set_experts_implementation("eager")
-        with pytest.raises(vera_fx.CaptureError, match=r'set_experts_implementation\("grouped_mm"'):
-            model(input_ids=tokens())
+        with pytest.warns(
+            vera_fx.PartialCaptureWarning, match=r'set_experts_implementation\("grouped_mm"'
+        ):
+            logits = model(input_ids=tokens()).logits
+        assert_close(logits, grouped, factor=10)
 
 
 def test_experts_themselves_are_no_targets(base: nn.Module) -> None:

@@ -131,7 +131,9 @@ def set_trainable(model: nn.Module, names: str | Sequence[str], *, trainable: bo
     for name in chosen:
         check_known(name, bank.adapters)
     for name in chosen:
-        bank.adapter(name).trainable = trainable
+        adapter = bank.adapter(name)
+        adapter.let_train(allowed=False)
+        adapter.trainable = trainable
     bank.activate(bank.active)
 
 

@@ -290,9 +290,8 @@ def _explain(model: nn.Module, call: Call, error: BaseException) -> str:
     hint = capture_hint(model, call.arguments)
     return (
         f"torch.export cannot capture {type(model).__name__}({shown}): "
-        f"{first_line(error)}\n"
-        + (f"  {hint}\n" if hint else "")
-        + "  Calls whose control flow depends on tensor values, or that use unregistered types, cannot "
+        f"{first_line(error)}{' ' * bool(hint)}{hint}\n"
+        "  Calls whose control flow depends on tensor values, or that use unregistered types, cannot "
         "become one graph. Call a part of the model that can, or change the arguments; the full "
         "reason is the exception above."
     )

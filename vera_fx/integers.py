@@ -66,6 +66,7 @@ def _is_size(value: Any) -> TypeGuard[Tensor]:
 
 
 def _replaced(value: Any, changed: dict[str, Any]) -> Any:
-    twin = object.__new__(cast("type[Any]", type(value)))
+    kind = cast("type[Any]", type(value))
+    twin = kind.__new__(kind)  # pyright: ignore
     twin.__dict__.update(vars(value) | changed)
     return twin
