@@ -1,9 +1,10 @@
 """Tiny models of many families, built from configurations: random weights, no download."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -198,3 +199,15 @@ FAMILIES = (
     ),
 )
 BY_NAME = {family.name: family for family in FAMILIES}
+
+
+def params(*fast: str, among: Iterable[Family] = FAMILIES) -> list[Any]:
+    """Families as parameters of a test: those named here, and the rest in ``make test-all`` only."""
+    slow = pytest.mark.slow
+    return [pytest.param(f, id=f.name, marks=() if f.name in fast else slow) for f in among]
+
+
+def param_names(*fast: str, among: Iterable[Family] = FAMILIES) -> list[Any]:
+    """The same by name."""
+    slow = pytest.mark.slow
+    return [pytest.param(f.name, marks=() if f.name in fast else slow) for f in among]

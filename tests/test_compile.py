@@ -8,11 +8,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import vera_fx
 from tests.compiling import assert_fullgraph
 from tests.helpers import assert_close, fill_vectors, gradients, loss_of, vectors_of
-from tests.models import BY_NAME, FAMILIES, Family
+from tests.models import BY_NAME, Family, params
 
 # Inductor is exercised on two families; the others go through AOTAutograd alone, which is where
 # fullgraph, guards and dynamic shapes are decided.
-WITH_INDUCTOR = {"mlp", "llama"}
+WITH_INDUCTOR = ("llama", "mlp")
 
 
 def adapted(family: Family) -> nn.Module:
@@ -22,13 +22,17 @@ def adapted(family: Family) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+@pytest.mark.parametrize("family", params("mlp", "llama", "bert"))
 def test_fullgraph_without_breaks_or_second_recompiles(family: Family, fresh_dynamo) -> None:
-    backend = "inductor" if family.name in WITH_INDUCTOR else "aot_eager"
-    assert_fullgraph(family, adapted(family), backend)
+    assert_fullgraph(family, adapted(family), "aot_eager")
 
 
-@pytest.mark.parametrize("name", sorted(WITH_INDUCTOR))
+@pytest.mark.parametrize("family", params("mlp", among=[BY_NAME[name] for name in WITH_INDUCTOR]))
+def test_fullgraph_with_inductor(family: Family, fresh_dynamo) -> None:
+    assert_fullgraph(family, adapted(family), "inductor")
+
+
+@pytest.mark.parametrize("name", WITH_INDUCTOR)
 def test_compiled_gradients_agree(name: str, fresh_dynamo) -> None:
     family = BY_NAME[name]
     model = adapted(family).eval()

@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import vera_fx
 from tests.helpers import assert_close, assert_far_apart, main_output
-from tests.models import BY_NAME, FAMILIES
+from tests.models import BY_NAME, FAMILIES, param_names
 from tests.strategies import Case, cases
 
 BASE = "__base__"
@@ -51,7 +51,7 @@ def alone(model: nn.Module, name: str, inputs: dict[str, Any]) -> Tensor:
     return main_output(model(**inputs))
 
 
-@pytest.mark.parametrize("name", [family.name for family in FAMILIES])
+@pytest.mark.parametrize("name", param_names("mlp", "bert", "llama", "gpt2", "vit"))
 def test_every_row_is_its_adapters(name: str) -> None:
     """Any rows of the input, in any order and number, under any adapters."""
     model, inputs = adapted(name)
@@ -75,7 +75,7 @@ def test_every_row_is_its_adapters(name: str) -> None:
     check()
 
 
-@pytest.mark.parametrize("name", [f.name for f in FAMILIES if f.generates])
+@pytest.mark.parametrize("name", param_names("llama", among=[f for f in FAMILIES if f.generates]))
 def test_generate_and_beam_search(name: str) -> None:
     model, inputs = adapted(name)
     inputs.pop("decoder_input_ids", None)

@@ -82,7 +82,10 @@ def replaced(model: nn.Module, parameter: nn.Parameter) -> None:
 PATH = "model.layers.0.self_attn.q_proj"
 
 
-@pytest.mark.parametrize("change", [in_place, new_data, new_parameter, loaded, replaced])
+SLOW = [pytest.param(c, marks=pytest.mark.slow) for c in (new_data, new_parameter, loaded)]
+
+
+@pytest.mark.parametrize("change", [in_place, replaced, *SLOW])
 def test_a_change_between_two_tokens_is_seen(change: Any) -> None:
     model, inputs = adapted("llama")
     names = ["a", BASE, "b"]
