@@ -38,6 +38,14 @@ class Case:
         return self.batch * self.length
 
 
+def case_of(values: dict[str, Any]) -> Case:
+    """A case from JSON."""
+    targets = values["targets"]
+    values["targets"] = targets if isinstance(targets, str) else tuple(targets)
+    values["dtype"] = getattr(torch, values["dtype"])
+    return Case(**values)
+
+
 QV = {"roberta": ("query", "value"), "llama": ("q_proj", "v_proj"), "vit": ("q_proj", "v_proj")}
 
 
@@ -122,6 +130,7 @@ def grid(*, full: bool) -> list[Case]:
             Case("llama all r=256 T=8192", "llama", "all-linear", 256, 2, 64, 128),
             Case("vit q,v r=256", "vit", QV["vit"], 256, 2, 8, 196),
             Case("roberta q,v r=1024 12 layers", "roberta", QV["roberta"], 1024, 12, 16, 128),
+            Case("llama all r=256 12 layers", "llama", "all-linear", 256, 12, 4, 128),
             Case(
                 "llama all r=256 bf16 T=512", "llama", "all-linear", 256, 2, 4, 128, torch.bfloat16
             ),

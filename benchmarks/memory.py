@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.cases import QV, Case, build, inputs
+from benchmarks.cases import QV, Case, build, case_of, inputs
 from benchmarks.systems import make
 
 console = Console(width=120)
@@ -114,10 +114,6 @@ def main(
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--one"]:
-        values = json.loads(sys.argv[3])
-        targets = values["targets"]
-        values["targets"] = targets if isinstance(targets, str) else tuple(targets)
-        values["dtype"] = getattr(torch, values["dtype"])
-        print(json.dumps(peak(sys.argv[2], Case(**values))))
+        print(json.dumps(peak(sys.argv[2], case_of(json.loads(sys.argv[3])))))
     else:
         typer.run(main)

@@ -84,6 +84,7 @@ METHODS: dict[str, tuple[Callable[[nn.Module, Case], nn.Module], bool]] = {
     "floor": (floor, True),
     "peft eager": (peft_vera, False),
     "peft": (peft_vera, True),
+    "lora r=8 eager": (peft_lora, False),
     "lora r=8": (peft_lora, True),
     "ours eager": (ours, False),
     "ours": (ours, True),

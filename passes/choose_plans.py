@@ -64,6 +64,8 @@ class Workload:
         trains: gradients of the vectors will be taken.
         half: the base computes in half precision, where merging would round the update away.
         slow_half: the processor multiplies in that precision more slowly than in float32.
+        narrow: that precision is float16, in which small gradients vanish: branch products only
+            run in it as one scaled product, else in float32.
         restricted: why no other plan than factored is possible (dropout, autocast), or nothing.
         request: ``"auto"``, ``"timed"`` or the plan that the user asked for.
     """
@@ -72,6 +74,7 @@ class Workload:
     trains: bool
     half: bool = False
     slow_half: bool = False
+    narrow: bool = False
     restricted: str = ""
     request: str = "auto"
 
@@ -168,7 +171,8 @@ def _choice(
             choice.base_cost += found["base"]
             choice.reasons[name] = _reason(found, tokens, work)
     names = {p: frozenset(n for n, q in plans.items() if q == p) for p in PLANS}
-    exact = work.request == "factored" or (work.slow_half and work.is_open)
+    in_float32 = work.slow_half or (work.narrow and not names["scaled"])
+    exact = work.request == "factored" or (in_float32 and work.is_open)
     choice.assignment = Assignment(
         names["merged"], names["dense"], names["scaled"], exact, frozenset(again)
     )
@@ -183,8 +187,10 @@ def _best(costs: Mapping[str, float], work: Workload) -> str:
 
 def allowed(work: Workload) -> tuple[str, ...]:
     """The plans that the chooser may take of its own accord."""
-    if work.restricted or work.half or len(work.ranks) != 1:
+    if work.restricted or len(work.ranks) != 1:
         return ("factored",)
+    if work.half:
+        return ("scaled",) if work.narrow and not work.slow_half else ("factored",)
     return PLANS
 
 
@@ -196,7 +202,8 @@ def _reason(costs: Mapping[str, float], tokens: int, work: Workload) -> str:
     if work.slow_half:
         return "products in float32, as this processor multiplies half precision slowly"
     if work.half:
-        return "merging would round in the base's half precision"
+        why = "merging would round in the base's half precision"
+        return f"{why}, more than one product would in float16" if work.narrow else why
     if len(work.ranks) != 1:
         return "several adapters are active"
     share = ", ".join(f"{name} {costs[name] / costs['factored']:.2f}" for name in PLANS)

@@ -59,7 +59,20 @@ def test_errors_against_float64_are_about_pefts(base: nn.Module, plan: str) -> N
     assert error(gradients(ours, output), wanted) <= limit
     assert_far_apart(output, call(base, dtype))
     plans = {p for graph in vera_fx.explain(ours).graphs for _, p, _ in graph.plans}
-    assert plans == {"factored" if plan == "auto" else plan}
+    chosen = "scaled" if dtype == torch.float16 else "factored"
+    assert plans == {chosen if plan == "auto" else plan}
+
+
+@pytest.mark.usefixtures("fast_half")
+def test_where_float16_would_round_twice_products_run_in_float32(base: nn.Module) -> None:
+    """Several adapters cannot be one scaled product."""
+    ours = vera_fx.adapt(base, vera_fx.VeraConfig(r=4, **CONFIG))
+    vera_fx.add_adapter(ours, "second")
+    vera_fx.set_adapter(ours, ["default", "second"])
+    fill_vectors(ours)
+    call(ours, base.query.weight.dtype)
+    lowered = "products in" in str(report_of(ours, "LowerBranch"))
+    assert lowered == (base.query.weight.dtype == torch.bfloat16)
 
 
 @pytest.mark.usefixtures("fast_half")
