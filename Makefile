@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 DATA = examples/data/sentiment
 TABLE = -p tests.families.table --table docs/families.md
 
-.PHONY: demo server load test test-all families lint types bench clean
+.PHONY: demo server load test test-all test-executorch families lint types bench clean
 
 # One stamp per set of extras; they share the virtual environment.
 $(VENV)/.%: pyproject.toml constraints.txt
@@ -32,6 +32,11 @@ test: $(VENV)/.test
 test-all: $(VENV)/.test
 	VERA_FX_HYPOTHESIS=deep $(BIN)/python -m pytest -n 2 $(TABLE)
 
+# ExecuTorch brings packages that nothing else needs: a virtual environment of its own.
+test-executorch:
+	$(MAKE) VENV=.venv-executorch .venv-executorch/.test,executorch
+	.venv-executorch/bin/python -m pytest -m "not slow" tests/test_executorch.py
+
 # The matrix of model families alone, with its table.
 families: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 $(TABLE) tests/families
@@ -50,4 +55,4 @@ bench: $(VENV)/.test
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf $(VENV) build out .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-executorch build out .pytest_cache .ruff_cache .hypothesis

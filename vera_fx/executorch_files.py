@@ -190,7 +190,7 @@ def _check_sizes(program: ExportedProgram, lowered: ExportedProgram) -> None:
     for name in program.graph_signature.user_inputs:
         before, after = (_value(graph, name) for graph in (program.graph, lowered.graph))
         for dim, (size, now) in enumerate(zip(before.shape, after.shape, strict=True)):
-            if isinstance(size, torch.SymInt) and is_concrete_int(now):
+            if not is_concrete_int(size) and is_concrete_int(now):
                 raise ExportError(
                     f"ExecuTorch's lowering fixes dimension {dim} of input {name} to {int(now)}, which the "
                     "program leaves open; give an example call with another size there, or fix it "
