@@ -46,16 +46,19 @@ def tokenwise(model: nn.Module) -> frozenset[str]:
     chose for each token, and returns ``(tokens, width)`` in the same order.
     """
     return frozenset(
-        path
-        for path, module in model.named_modules()
-        if vars(module).keys() >= _EXPERTS and not module._is_expert_parallel
+        path for path, module in _experts(model) if not vars(module)["_is_expert_parallel"]
     )
+
+
+def _experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    named = model.named_modules()
+    return ((path, module) for path, module in named if vars(module).keys() >= _EXPERTS)
 
 
 def capture_hint(model: nn.Module, arguments: Iterable[str]) -> str:
     """What a user can change about a model of transformers that cannot be captured."""
     config: Any = getattr(model, "config", None)
-    if getattr(config, "_experts_implementation", None) == "eager":
+    if getattr(config, "_experts_implementation", None) == "eager" and any(_experts(model)):
         return (
             "Its experts run in a loop over those that were chosen; call "
             'model.set_experts_implementation("grouped_mm"), which does not.'

@@ -37,20 +37,25 @@ DISENTANGLED = {
     "share_att_key": True,
     "norm_rel_ebd": "layer_norm",
 }
-
+SHARED_POSITIONS = {"mixed": "the same for every row"}
+"""Its adapted projections also read the embeddings of relative positions, which all rows share."""
 
 ENCODERS: tuple[Member, ...] = (
     _encoder("bert", "Bert"),
     _encoder("roberta", "Roberta"),
-    _encoder(
-        "deberta-v2, problem_type given",
-        "DebertaV2",
-        **DISENTANGLED,
-        problem_type="single_label_classification",
+    replace(
+        _encoder(
+            "deberta-v2, problem_type given",
+            "DebertaV2",
+            **DISENTANGLED,
+            problem_type="single_label_classification",
+        ),
+        limits=SHARED_POSITIONS,
     ),
     replace(
         _encoder("deberta-v2, problem_type guessed", "DebertaV2", **DISENTANGLED),
-        limits=dict.fromkeys(("capture", "train", "compile"), "data-dependent"),
+        limits=SHARED_POSITIONS,
+        parts="data-dependent",
     ),
     _encoder("electra", "Electra", embedding_size=24),
     _encoder(

@@ -23,11 +23,14 @@ class Member(Family):
         oracle: ``"peft"``, or ``"folded"`` where PEFT adapts targets without effect.
         output: what of a result has one row per row of the batch.
         limits: for each column that does not work, what its error must say.
+        parts: why its forward, with the labels of training, runs in Python and its modules in graphs
+            of their own; nothing if all of it becomes one graph.
     """
 
     oracle: str = "peft"
     output: Callable[[Any], Tensor] = main_output
     limits: Mapping[str, str] = field(default_factory=dict)
+    parts: str = ""
 
     def call(self, model: Callable[..., Any], inputs: dict[str, Any] | None = None) -> Any:
         """Call a model, ours or PEFT's or the base, from one state of the random generator."""

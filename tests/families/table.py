@@ -78,7 +78,7 @@ def _short(text: str, notes: list[str]) -> str:
         return text
     if text not in notes:
         notes.append(text)
-    word = "not run" if text.startswith("not run") else "no"
+    word = next((word for word in ("not run", "in parts") if text.startswith(word)), "no")
     return f"{word} ({notes.index(text) + 1})"
 
 
