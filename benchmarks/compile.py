@@ -4,12 +4,9 @@ python -m benchmarks.compile
 """
 
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +14,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.cases import QV, Case, build, case_of, inputs
+from benchmarks.cases import QV, Case, build, inputs
+from benchmarks.processes import answer, apart
 from benchmarks.systems import make
 
 console = Console(width=120)
@@ -38,16 +36,9 @@ def first_step(name: str, case: Case) -> float:
 
 def in_process(name: str, case: Case, cache: str) -> float:
     """`first_step` in a process of its own, whose compiled code is kept in ``cache``."""
-    values = {**asdict(case), "dtype": str(case.dtype).removeprefix("torch.")}
+    # torch leaves graphs with autograd functions, as ours are, out of its outer cache otherwise.
     allowed = {"TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.compile", "--one", name, json.dumps(values)],
-        env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, **allowed},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return json.loads(done.stdout.splitlines()[-1])
+    return apart("benchmarks.compile", name, case, TORCHINDUCTOR_CACHE_DIR=cache, **allowed)
 
 
 def main(
@@ -75,8 +66,5 @@ def main(
     console.print(f"written to {output}")
 
 
-if __name__ == "__main__":
-    if sys.argv[1:2] == ["--one"]:
-        print(json.dumps(first_step(sys.argv[2], case_of(json.loads(sys.argv[3])))))
-    else:
-        typer.run(main)
+if __name__ == "__main__" and not answer(first_step):
+    typer.run(main)

@@ -5,10 +5,7 @@ python -m benchmarks.memory
 
 import ctypes
 import json
-import os
-import subprocess
-import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +14,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.cases import QV, Case, build, case_of, inputs
+from benchmarks.cases import QV, Case, build, inputs
+from benchmarks.processes import answer, apart
 from benchmarks.systems import make
 
 console = Console(width=120)
@@ -71,15 +69,8 @@ def _keep(gradients: dict[Any, Any]) -> Any:
 
 def measured(name: str, case: Case) -> dict[str, float]:
     """`peak` in a process of its own, which gives freed memory back to the kernel at once."""
-    values = {**asdict(case), "dtype": str(case.dtype).removeprefix("torch.")}
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.memory", "--one", name, json.dumps(values)],
-        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return json.loads(done.stdout.splitlines()[-1])
+    at_once = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    return apart("benchmarks.memory", name, case, **at_once)
 
 
 def main(
@@ -112,8 +103,5 @@ def main(
     console.print(f"written to {output}")
 
 
-if __name__ == "__main__":
-    if sys.argv[1:2] == ["--one"]:
-        print(json.dumps(peak(sys.argv[2], case_of(json.loads(sys.argv[3])))))
-    else:
-        typer.run(main)
+if __name__ == "__main__" and not answer(peak):
+    typer.run(main)
