@@ -124,3 +124,31 @@ def test_switching_adapters_does_not_recompile(fresh_dynamo) -> None:
 
     assert not torch.equal(first, second)
     assert counter.frame_count == 1
+
+
+class Choosy(nn.Module):
+    """Cannot be captured whole; ``block`` can."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.Linear(4, width), nn.Tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x) if x.sum() > 0 else self.block(-x)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "in parts"])
+@pytest.mark.filterwarnings("ignore::vera_fx.PartialCaptureWarning")
+def test_many_models_in_one_process(whole: bool, fresh_dynamo) -> None:
+    """A code object is compiled eight times at most, so no code may run between all models' calls."""
+    for number in range(10):
+        base = Choosy(5 + number)
+        base = base.block if whole else base
+        model = vera_fx.adapt(base, vera_fx.VeraConfig(r=2, target_modules=["0"]))
+        fill_vectors(model)
+        counter = CompileCounterWithBackend("eager")
+        compiled = torch.compile(model, fullgraph=whole, backend=counter)
+        for rows in (3, 5):
+            x = torch.randn(rows, 4)
+            assert_close(compiled(x), model(x))
+        assert 1 <= counter.frame_count <= 2

@@ -30,6 +30,9 @@ def outside_dynamo(fn: Callable[P, R]) -> Callable[P, R]:
 def skip_frame(fn: Callable[P, R]) -> Callable[P, R]:
     """Let torch.compile pass over the frame of ``fn`` itself, but compile what it calls.
 
+    Whatever of ours runs between a compiled model's call and its graph needs this: a frame that is
+    compiled, be it without any operator, is compiled again for every model, and eight times at most.
+
     ``torch.compiler.disable(recursive=False)`` means the same, but the stance
     ``fail_on_recompile`` takes its frame for a recompile (torch 2.13).
     """
@@ -37,11 +40,13 @@ def skip_frame(fn: Callable[P, R]) -> Callable[P, R]:
     return fn
 
 
+@skip_frame
 def stop_compiling() -> Any:
     """Let Python run what this thread calls from now on; gives what compiled it until now."""
     return set_eval_frame(None)
 
 
+@skip_frame
 def start_compiling(compiler: Any) -> None:
     """Let ``compiler``, from `stop_compiling`, compile what this thread calls from now on."""
     set_eval_frame(compiler)

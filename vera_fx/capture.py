@@ -20,7 +20,7 @@ from torch.fx import Graph, GraphModule
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.fx.graph import CodeGen
 
-from vera_fx._torch import TreeSpec
+from vera_fx._torch import TreeSpec, skip_frame
 from vera_fx.debug import run_options
 from vera_fx.errors import CaptureError, first_line
 from vera_fx.hf import capture_hint, checkpointing_recorded, export_patches
@@ -33,6 +33,7 @@ from vera_fx.targets import BANK
 _state = threading.local()
 
 
+@skip_frame
 def is_capturing() -> bool:
     """True while this thread captures; hooks of the library stay silent then."""
     return getattr(_state, "capturing", False)
@@ -41,6 +42,7 @@ def is_capturing() -> bool:
 _captures: list[int] = []
 
 
+@skip_frame
 def traced_by_others() -> bool:
     """True while the model is traced by an export that is none of this library's captures.
 

@@ -34,6 +34,7 @@ class Run(Protocol):
         ...
 
 
+@skip_frame
 def current_run() -> Run | None:
     """The innermost run of this thread."""
     return getattr(_state, "run", None)
