@@ -17,6 +17,7 @@ from rich.table import Table
 from benchmarks.cases import Case, grid
 from benchmarks.measure import Timing, gemm_rate, measure
 from benchmarks.systems import METHODS
+from vera_fx.hardware import multiplies_well
 
 console = Console(width=150)
 
@@ -69,7 +70,9 @@ def show(case: Case, timings: dict[str, Timing]) -> None:
 
 def main(
     full: Annotated[bool, typer.Option(help="the whole grid, about an hour")] = False,
-    only: Annotated[str, typer.Option(help="run the cases whose name contains this")] = "",
+    only: Annotated[
+        list[str], typer.Option(help="run the cases whose name contains this; may be repeated")
+    ] = [],  # noqa: B006
     methods: Annotated[str, typer.Option(help="comma-separated")] = ",".join(METHODS),
     rounds: Annotated[int, typer.Option(min=4)] = 11,
     output: Annotated[Path, typer.Option()] = Path("out/bench.json"),
@@ -82,7 +85,10 @@ def main(
     )
     results = []
     for case in grid(full=full):
-        if only in case.name:
+        half = case.dtype != torch.float32
+        if half and not multiplies_well(torch.empty(0, dtype=case.dtype)):
+            console.print(f"{case.name}: left out, this processor has no instructions for it")
+        elif any(part in case.name for part in only or [""]):
             timings = measure(case, methods.split(","), rounds)
             show(case, timings)
             fields = {

@@ -61,11 +61,14 @@ class Variant:
             self.served = self.served or _served(self.graph)
             return self.served
         if self.trained is None:
-            self.trained = copy_of(self.graph)
+            trained = copy_of(self.graph)
             passes = training(self.choice.assignment, outline_least())
-            self.report += run_passes(self.trained, passes, run_options("train"))
-            if is_outlined(self.trained.graph):
-                skip_frame(type(self.trained).forward)
+            report = run_passes(trained, passes, run_options("train"))
+            self.report += report
+            changed = any(record.report.rewrites for record in report.records)
+            self.trained = trained if changed else self.graph
+            if is_outlined(trained.graph):
+                skip_frame(type(trained).forward)
         return self.trained
 
 
