@@ -17,8 +17,8 @@ from examples.server.minilm import LABELS, classifier, load_base
 
 
 def main(
-    adapter: str,
-    port: int,
+    adapter: Annotated[str, typer.Option()],
+    port: Annotated[int, typer.Option()],
     folder: Annotated[Path, typer.Option()] = Path("out/server"),
     threads: Annotated[int, typer.Option(min=1)] = 1,
 ) -> None:

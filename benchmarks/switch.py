@@ -19,7 +19,7 @@ import vera_fx
 from benchmarks.report import console, write
 
 TARGETS = ["query", "value"]
-SIZES = [(2, 2), (12, 2), (12, 500), (96, 2)]
+SIZES = [(2, 2), (12, 2), (12, 50), (96, 2)]
 """(layers, adapters) that are measured."""
 
 
