@@ -36,7 +36,7 @@ def draw(results: list[dict[str, Any]], target: Path) -> None:
     axes.set_yticks(range(len(results)), [label(result["case"]) for result in results], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("training step beyond the frozen base, as a share of it; line: products alone")
-    axes.legend(loc="lower right", frameon=False)
+    figure.legend(loc="outside upper center", ncols=len(COLOURS), frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(target, metadata={"Date": None})
 
