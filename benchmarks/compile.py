@@ -3,7 +3,6 @@
 python -m benchmarks.compile
 """
 
-import json
 import tempfile
 import time
 from dataclasses import replace
@@ -11,14 +10,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.cases import QV, Case, build, inputs
 from benchmarks.processes import answer, apart
+from benchmarks.report import console, write
 from benchmarks.systems import make
 
-console = Console(width=120)
 NAMES = ("floor", "peft", "lora r=8", "ours")
 CASES = (
     Case("roberta q,v r=1024", "roberta", QV["roberta"], 1024, 2, 2, 128),
@@ -60,10 +58,8 @@ def main(
             cells = [f"{cold:.1f}, {warm:.1f}" for cold, warm in found.values()]
             table.add_row(case.name, str(count), *cells, *(f"{ratio:.2f}" for ratio in ratios))
             results.append({"case": case.name, "layers": count, "seconds": found})
-            output.parent.mkdir(parents=True, exist_ok=True)
-            output.write_text(json.dumps(results, indent=2) + "\n")
     console.print(table)
-    console.print(f"written to {output}")
+    write(output, {"results": results})
 
 
 if __name__ == "__main__" and not answer(first_step):

@@ -4,33 +4,25 @@ python -m benchmarks.memory
 """
 
 import ctypes
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.cases import QV, Case, build, inputs
 from benchmarks.processes import answer, apart
+from benchmarks.report import console, resident, write
 from benchmarks.systems import make
 
-console = Console(width=120)
 NAMES = ("floor", "peft", "lora r=8", "ours")
 CASES = (
     Case("roberta q,v r=1024", "roberta", QV["roberta"], 1024, 2, 16, 128),
     Case("roberta q,v r=256", "roberta", QV["roberta"], 256, 2, 16, 128),
     Case("llama all r=256", "llama", "all-linear", 256, 2, 16, 128),
 )
-
-
-def status(key: str) -> float:
-    """A line of ``/proc/self/status`` in MiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key))
 
 
 def peak(name: str, case: Case) -> dict[str, float]:
@@ -54,10 +46,10 @@ def peak(name: str, case: Case) -> dict[str, float]:
     for _ in range(3):
         step()
     ctypes.CDLL(None).malloc_trim(0)
-    before = status("VmRSS")
+    before = resident() / 2**20
     Path("/proc/self/clear_refs").write_text("5")  # begins the high-water mark anew
     step()
-    return {"step": status("VmHWM") - before, "resident": before}
+    return {"step": resident(peak=True) / 2**20 - before, "resident": before}
 
 
 def _keep(gradients: dict[Any, Any]) -> Any:
@@ -97,10 +89,8 @@ def main(
                 f"{ratio:.2f}",
             )
             results.append({"case": case.name, "tokens": count, "layers": layers, "mib": found})
-            output.parent.mkdir(parents=True, exist_ok=True)
-            output.write_text(json.dumps(results, indent=2) + "\n")
     console.print(table)
-    console.print(f"written to {output}")
+    write(output, {"results": results})
 
 
 if __name__ == "__main__" and not answer(peak):

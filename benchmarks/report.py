@@ -29,8 +29,8 @@ def write(output: Path, figures: dict[str, Any]) -> None:
     console.print(f"written to {output}; " + ", ".join(f"{k} {v}" for k, v in versions.items()))
 
 
-def resident(pid: int | None = None) -> int:
-    """Bytes of memory that a process holds: this one, or another. Linux only."""
-    path = Path("/proc", str(pid or "self"), "status")
-    line = next(line for line in path.read_text().splitlines() if line.startswith("VmRSS"))
+def resident(pid: int | None = None, *, peak: bool = False) -> int:
+    """Bytes of memory that a process holds, or held at most: this one, or another. Linux only."""
+    path, key = Path("/proc", str(pid or "self"), "status"), "VmHWM" if peak else "VmRSS"
+    line = next(line for line in path.read_text().splitlines() if line.startswith(key))
     return 1024 * int(line.split()[1])

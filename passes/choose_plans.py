@@ -201,11 +201,11 @@ def _reason(costs: Mapping[str, float], tokens: int, work: Workload) -> str:
         return "asked for"
     if work.slow_half:
         return "products in float32, as this processor multiplies half precision slowly"
+    if len(work.ranks) != 1:
+        return "several adapters are active"
     if work.half:
         why = "merging would round in the base's half precision"
         return f"{why}, more than one product would in float16" if work.narrow else why
-    if len(work.ranks) != 1:
-        return "several adapters are active"
     share = ", ".join(f"{name} {costs[name] / costs['factored']:.2f}" for name in PLANS)
     return f"{tokens} tokens{', timed' * (work.request == 'timed')}: {share}"
 

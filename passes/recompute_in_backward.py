@@ -23,9 +23,7 @@ _CHEAP = frozenset(
 )
 """Operators whose operands, and not whose result, the base keeps for its own gradients anyway."""
 
-_VIEWS = frozenset(
-    {aten.view.default, aten.reshape.default, aten.contiguous.default, aten.to.dtype}
-)
+_VIEWS = frozenset({aten.view.default, aten.reshape.default})
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,16 +80,19 @@ class RecomputeInBackward:
     def __call__(self, gm: GraphModule, /) -> PassReport:
         """Mark the inputs of ``dense`` sites, and the merged weights of ``folds``."""
         rewrites: list[Rewrite] = []
-        for node in list(gm.graph.nodes):
+        readers: dict[Node, list[str]] = {}
+        for node in gm.graph.nodes:
             if is_call(node, merged_weight) and _site(node) in self.folds:
                 node.target = merged_weight_again
                 rewrites.append(Rewrite(_site(node), "merged weight recomputed"))
             elif is_call(node, merged_linear) and node.args[1] is None:
                 source = _source(node.args[0])
                 if source is not None:
-                    source.args = (cast("Any", source.target), *source.args)
-                    source.target = recomputed
-                    rewrites.append(Rewrite(_site(node), f"input {source.name} recomputed"))
+                    readers.setdefault(source, []).append(_site(node))
+        for source, sites in readers.items():
+            source.args = (cast("Any", source.target), *source.args)
+            source.target = recomputed
+            rewrites += (Rewrite(site, f"input {source.name} recomputed") for site in sites)
         return PassReport(tuple(rewrites))
 
 

@@ -201,13 +201,14 @@ FAMILIES = (
 BY_NAME = {family.name: family for family in FAMILIES}
 
 
-def params(*fast: str, among: Iterable[Family] = FAMILIES) -> list[Any]:
+def params(
+    *fast: str, among: Iterable[Family] = FAMILIES, value: Callable[[Family], Any] = lambda f: f
+) -> list[Any]:
     """Families as parameters of a test: those named here, and the rest in ``make test-all`` only."""
     slow = pytest.mark.slow
-    return [pytest.param(f, id=f.name, marks=() if f.name in fast else slow) for f in among]
+    return [pytest.param(value(f), id=f.name, marks=() if f.name in fast else slow) for f in among]
 
 
 def param_names(*fast: str, among: Iterable[Family] = FAMILIES) -> list[Any]:
     """The same by name."""
-    slow = pytest.mark.slow
-    return [pytest.param(f.name, marks=() if f.name in fast else slow) for f in among]
+    return params(*fast, among=among, value=lambda family: family.name)
