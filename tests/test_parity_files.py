@@ -531,6 +531,24 @@ class TestEmbeddings:
             reloaded = peft.PeftModel.from_pretrained(copy.deepcopy(other), folder / who)
             assert torch.equal(self.logits(reloaded), expected)
 
+    @pytest.mark.parametrize("kept", ["embed_tokens", "lm_head"])
+    def test_one_of_two_tied_ones_stands_for_both(
+        self, folders: tuple[Path, Tensor], tie: bool, kept: str
+    ) -> None:
+        """A file may hold shared memory once; PEFT then overwrites the one tensor that both are."""
+        if not tie:
+            pytest.skip("two tensors")
+        folder, expected = folders
+        path = folder / "ours" / WEIGHTS
+        state = load_file(path)
+        both = {key for key in state if "embed_tokens" in key or "lm_head" in key}
+        save_file({k: v for k, v in state.items() if k not in both or kept in k}, path)
+        other = self.grown(folder, tie, 2)
+        loaded = vera_fx.load_adapter(copy.deepcopy(other), folder / "ours", plan="factored")
+        assert torch.equal(self.logits(loaded), expected)
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(other), folder / "ours")
+        assert torch.equal(self.logits(theirs), expected)
+
     def test_are_frozen_saved_again_and_merged(
         self, folders: tuple[Path, Tensor], tie: bool
     ) -> None:
