@@ -108,13 +108,16 @@ class Binding:
             for slot_, slot in zip(slots, self.served, strict=True)
             for name, own in slot_.tensors().items()
         )
-        self._aliases = [(own, alias) for own, alias in pairs if own is not alias]
+        self._aliased = [own for own, alias in pairs if own is not alias]
+        self._memory = self._pointers()
         self._sources, self._version = sources, stamp(sources)
 
     def is_current(self) -> bool:
         """False once a module holds another tensor than it did, or a tensor other memory."""
         if stamp(self._sources) != self._version:
             return False
-        return torch.is_grad_enabled() or all(
-            own.data_ptr() == alias.data_ptr() for own, alias in self._aliases
-        )
+        return torch.is_grad_enabled() or self._pointers() == self._memory
+
+    def _pointers(self) -> list[int]:
+        # Before every call without gradients: no Python code for each tensor.
+        return list(map(Tensor.data_ptr, self._aliased))
