@@ -36,7 +36,7 @@ start = time.perf_counter()
 session = onnxruntime.InferenceSession(program, options, providers=["CPUExecutionProvider"])
 loaded = time.perf_counter() - start
 run = lambda call: session.run(None, call)[0]
-calls = [{**call, **call.pop("vectors", {})} for call in calls]
+calls = [{**call.pop("vectors", {}), **call} for call in calls]
 unwanted = {"vera_fx", "transformers", "peft", "torch"}
 """
 
