@@ -21,6 +21,7 @@ class Case:
         batch: sequences per step.
         length: tokens per sequence.
         dtype: of the base model.
+        checkpointed: transformers' gradient checkpointing is on.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Case:
     batch: int
     length: int
     dtype: torch.dtype = torch.float32
+    checkpointed: bool = False
 
     @property
     def tokens(self) -> int:
@@ -93,7 +95,10 @@ BUILDERS: dict[str, Callable[[Case], nn.Module]] = {"roberta": roberta, "llama":
 def build(case: Case) -> nn.Module:
     """The base model in train mode, the same weights every time."""
     torch.manual_seed(0)
-    return BUILDERS[case.family](case).to(case.dtype).train()
+    model = BUILDERS[case.family](case).to(case.dtype).train()
+    if case.checkpointed:
+        model.gradient_checkpointing_enable()
+    return model
 
 
 def inputs(case: Case) -> dict[str, Any]:

@@ -69,6 +69,7 @@ def main(
     tokens: Annotated[list[int], typer.Option(help="tokens per step")] = [2048, 8192],  # noqa: B006
     layers: Annotated[int, typer.Option(min=1)] = 2,
     only: Annotated[str, typer.Option(help="run the cases whose name contains this")] = "",
+    checkpointed: Annotated[bool, typer.Option(help="with gradient checkpointing")] = False,
     output: Annotated[Path, typer.Option()] = Path("out/bench_memory.json"),
 ) -> None:
     """Peak memory of compiled training steps with AdamW, above what is resident between steps."""
@@ -76,7 +77,9 @@ def main(
     table, results = Table(*columns, title="MiB of a step"), []
     for case in CASES:
         for count in tokens if only in case.name else ():
-            sized = replace(case, layers=layers, batch=count // case.length)
+            sized = replace(
+                case, layers=layers, batch=count // case.length, checkpointed=checkpointed
+            )
             found = {name: measured(name, sized) for name in NAMES}
             step = {name: values["step"] for name, values in found.items()}
             share = (step["ours"] - step["floor"]) / (step["peft"] - step["floor"])
@@ -88,7 +91,15 @@ def main(
                 f"{share:.2f}",
                 f"{ratio:.2f}",
             )
-            results.append({"case": case.name, "tokens": count, "layers": layers, "mib": found})
+            results.append(
+                {
+                    "case": case.name,
+                    "tokens": count,
+                    "layers": layers,
+                    "checkpointed": checkpointed,
+                    "mib": found,
+                }
+            )
     console.print(table)
     write(output, {"results": results})
 

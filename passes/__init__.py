@@ -27,6 +27,7 @@ from .choose_plans import (
     site_groups,
 )
 from .contiguous_attention import ContiguousAttention
+from .drop_idle_dropout import DropIdleDropout
 from .drop_metadata_asserts import DropMetadataAsserts
 from .fold_weights import FoldWeights
 from .inline_grad_mode import InlineGradMode
@@ -52,6 +53,7 @@ __all__ = [
     "Choice",
     "ContiguousAttention",
     "Costs",
+    "DropIdleDropout",
     "DropMetadataAsserts",
     "FoldWeights",
     "GraphPass",
@@ -102,7 +104,7 @@ __all__ = [
 
 def cleanup() -> tuple[GraphPass, ...]:
     """The passes every captured graph gets, adapted or not. All BITWISE."""
-    return (InlineGradMode(), DropMetadataAsserts())
+    return (InlineGradMode(), DropMetadataAsserts(), DropIdleDropout())
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,20 +13,20 @@ R, ROWS = 3, 40
 class Gated(nn.Module):
     """A norm before one target, a product of two before another, nothing cheap before the third."""
 
-    def __init__(self) -> None:
+    def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(24)
+        self.norm, self.dropout = nn.LayerNorm(24), nn.Dropout(dropout)
         self.up, self.gate = nn.Linear(24, 36), nn.Linear(24, 36)
         self.down = nn.Linear(36, 24)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(x)
+        h = self.dropout(self.norm(x))
         return x + self.down(nn.functional.silu(self.gate(h)) * self.up(h))
 
 
-def model(plan: str, targets: list[str] | None) -> nn.Module:
+def model(plan: str, targets: list[str] | None, dropout: float = 0.0) -> nn.Module:
     torch.manual_seed(0)
-    base = nn.Sequential(Gated(), Gated()).requires_grad_(False)
+    base = nn.Sequential(Gated(dropout), Gated(dropout)).requires_grad_(False)
     if targets is None:
         return base
     config = vera_fx.VeraConfig(r=R, target_modules=targets, plan=plan)
@@ -61,6 +61,12 @@ def test_inputs_of_dense_sites_are_not_kept(fresh_dynamo) -> None:
     floor = wide(kept(model("auto", None)))
     ours = wide(kept(model("dense", ["up", "gate", "down"])))
     assert ours == floor
+
+
+def test_inputs_behind_dropout_are_kept(fresh_dynamo) -> None:
+    floor = wide(kept(model("auto", None, dropout=0.1)))
+    ours = wide(kept(model("dense", ["up"], dropout=0.1)))
+    assert len(ours) == len(floor) + 2
 
 
 def test_merged_weights_are_kept_for_few_tokens_only(fresh_dynamo) -> None:

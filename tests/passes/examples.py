@@ -11,6 +11,7 @@ from vera_fx.passes import (
     Branch,
     CheckpointLayers,
     ContiguousAttention,
+    DropIdleDropout,
     DropMetadataAsserts,
     FoldWeights,
     GraphPass,
@@ -56,6 +57,11 @@ class RotaryLike(nn.Module):
         with torch.no_grad():
             angle = x.cos()
         return x + angle
+
+
+class Idle(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x.cos(), 0.5, training=False).sin()
 
 
 class Casts(nn.Module):
@@ -208,6 +214,7 @@ EXAMPLES: dict[str, Example] = {
     "DropMetadataAsserts": Example(
         DropMetadataAsserts(), lambda: graph_of(Casts(), torch.randn(4, 3))
     ),
+    "DropIdleDropout": Example(DropIdleDropout(), lambda: graph_of(Idle(), torch.randn(4, 3))),
     "FoldWeights": Example(
         FoldWeights(
             (Target("head", 3, 5, "out_in", ("embed.weight", "head.weight")),), ("folded.head",)
