@@ -12,6 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 from ._graph import Tag, is_call
 from ._protocol import Numerics, PassReport, Rewrite
 from .checkpoint_layers import Segment
+from .layer_edges import at_what_is_kept
 from .segments import Outliner, Run, apart, body_nodes, fingerprint, module_runs
 from .shared_nodes import is_numbered, lift, shared_by_layers
 
@@ -85,15 +86,25 @@ class OutlineLayers:
     def _equal_layers(self, gm: GraphModule, nodes: Sequence[Node]) -> list[Run]:
         """The outermost numbered modules of which at least ``least`` calls compute the same."""
         runs = module_runs(nodes, is_numbered)
-        keys = [fingerprint(run.nodes) for run in runs]
-        counts = Counter(keys)
-        equal = [
-            (key, run) for run, key in zip(runs, keys, strict=True) if counts[key] >= self.least
-        ]
+        layers = [run for _, run in _repeated(runs, self.least)]
+        parents = {_parent(run) for run in apart(layers)}
+        siblings = list(apart([run for run in runs if _parent(run) in parents]))
+        equal = _repeated(at_what_is_kept(siblings), self.least)
         layers = list(apart([run for _, run in equal]))
-        bodies = {key: _size(gm, run.nodes) for key, run in equal if run in layers}
+        bodies = {key: _size(gm, run.nodes) for key, run in equal}
         saved = sum(_size(gm, run.nodes) for run in layers) - sum(bodies.values())
         return layers if saved >= self.saved * _size(gm, nodes) else []
+
+
+def _repeated(runs: Sequence[Run], least: int) -> list[tuple[str, Run]]:
+    """Those of which there are so many equal ones, each with what it is equal by."""
+    keys = [fingerprint(run.nodes) for run in runs]
+    counts = Counter(keys)
+    return [(key, run) for key, run in zip(keys, runs, strict=True) if counts[key] >= least]
+
+
+def _parent(run: Run) -> str:
+    return run.path.rpartition(".")[0]
 
 
 def _size(gm: GraphModule, nodes: Sequence[Node]) -> int:

@@ -38,6 +38,20 @@ def model() -> nn.Module:
     return model
 
 
+def deep_bert(**fields: object) -> nn.Module:
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS,
+        num_attention_heads=4, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    base = BertModel(config, add_pooling_layer=False)
+    model = vera_fx.adapt(base, vera_fx.VeraConfig(r=6, **fields))
+    fill_vectors(model)
+    return model
+
+
 def inputs(batch: int = 3, length: int = 7) -> dict[str, Tensor]:
     return {name: value[:batch, :length].clone() for name, value in text_inputs().items()}
 
@@ -61,6 +75,36 @@ def test_values_and_gradients_are_those_of_the_flat_graph(
     assert bodies(flat) == []
     assert torch.equal(flat(**inputs()).loss, loss)
     assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def kept_by(model: nn.Module, x: Tensor) -> int:
+    """Elements of what a compiled step keeps for every token, statistics of norms left out."""
+    found: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.numel() % x.numel() == 0:
+            found[tensor.untyped_storage().data_ptr()] = tensor.numel()
+        return tensor
+
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager_decomp_partition")
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        compiled(inputs_embeds=x).last_hidden_state.square().sum().backward()
+    return sum(found.values())
+
+
+def test_layers_begin_at_what_is_kept(monkeypatch: pytest.MonkeyPatch, fresh_dynamo) -> None:
+    """Layers that end in a norm: its result is the next layer's input, and is computed again."""
+    model = deep_bert(target_modules=["query", "value"], plan="dense")
+    flat = copy.deepcopy(model)
+    x = torch.randn(5, 11, 32, requires_grad=True)
+    found = gradients(model, lambda m: m(inputs_embeds=x))
+    assert bodies(model) == ["_body_0", *["_body_1"] * LAYERS, "_body_2"]
+    kept = kept_by(model, x)
+
+    monkeypatch.setenv("VERA_FX_OUTLINE", "0")
+    expected = gradients(flat, lambda m: m(inputs_embeds=x))
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert kept == kept_by(flat, x)
 
 
 def test_layers_are_compiled_once(model: nn.Module, fresh_dynamo) -> None:
