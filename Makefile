@@ -3,7 +3,6 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 DATA = examples/data/sentiment
-TABLE = -p tests.families.table --table docs/families.md
 
 .PHONY: demo server load test test-all test-executorch families lint types bench clean
 
@@ -29,17 +28,20 @@ load: $(VENV)/.server
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
-test-all: $(VENV)/.test
-	VERA_FX_HYPOTHESIS=deep $(BIN)/python -m pytest -n 2 $(TABLE)
+test-all: $(VENV)/.test families
+	VERA_FX_HYPOTHESIS=deep $(BIN)/python -m pytest -n 2 --ignore tests/families
 
 # ExecuTorch brings packages that nothing else needs: a virtual environment of its own.
 test-executorch:
 	$(MAKE) VENV=.venv-executorch .venv-executorch/.test,executorch
 	.venv-executorch/bin/python -m pytest -m "not slow" tests/test_executorch.py
 
-# The matrix of model families alone, with its table.
-families: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 $(TABLE) tests/families
+# The matrix of model families, with its table. timm brings torchvision, which transformers would
+# import wherever it is: a virtual environment of its own.
+families:
+	$(MAKE) VENV=.venv-timm .venv-timm/.test,timm
+	VERA_FX_HYPOTHESIS=deep .venv-timm/bin/python -m pytest -n 2 -p tests.families.torchvision_on_cpu \
+		-p tests.families.table --table docs/families.md tests/families
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -55,4 +57,4 @@ bench: $(VENV)/.test
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf $(VENV) .venv-executorch build out .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-executorch .venv-timm build out .pytest_cache .ruff_cache .hypothesis

@@ -106,7 +106,8 @@ def inputs(case: Case) -> dict[str, Any]:
     torch.manual_seed(1)
     if case.family == "vit":
         side = 16 * round(case.length**0.5)
-        return {"pixel_values": torch.randn(case.batch, 3, side, side, dtype=case.dtype)}
+        pixels = torch.randn(case.batch, 3, side, side, dtype=case.dtype)
+        return {"pixel_values": pixels.requires_grad_()}
     embeds = torch.randn(case.batch, case.length, 768, dtype=case.dtype)
     return {"inputs_embeds": embeds.requires_grad_(), "attention_mask": _mask(case)}
 

@@ -21,7 +21,7 @@ def at_what_is_kept(layers: Sequence[Run]) -> list[Run]:
     """
     heads = [_head(run) for run in layers]
     moved = {node for head in heads for node in head}
-    kinds = {node.args[0] for node in moved}
+    kinds = [node.args[0] for node in moved]
     found: list[Run] = []
     for run, head in zip(layers, heads, strict=True):
         nodes = [node for node in run.nodes if node not in moved]
