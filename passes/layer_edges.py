@@ -25,7 +25,7 @@ def at_what_is_kept(layers: Sequence[Run]) -> list[Run]:
     found: list[Run] = []
     for run, head in zip(layers, heads, strict=True):
         nodes = [node for node in run.nodes if node not in moved]
-        if head and is_call(nodes[-1], *kinds):
+        if head and nodes and is_call(nodes[-1], *kinds):
             nodes.pop()
         found.append(Run(run.path, (*head, *nodes)))
     return found if _kinds(found) <= _kinds(layers) else list(layers)

@@ -1,9 +1,12 @@
 """Deep models: torch.compile compiles each kind of layer once, whatever their number."""
 
 import copy
+from itertools import chain
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -105,6 +108,40 @@ def test_layers_begin_at_what_is_kept(monkeypatch: pytest.MonkeyPatch, fresh_dyn
     expected = gradients(flat, lambda m: m(inputs_embeds=x))
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     assert kept == kept_by(flat, x)
+
+
+PARTS = {
+    "linear": lambda: nn.Linear(8, 8),
+    "norm": lambda: nn.LayerNorm(8),
+    "activation": nn.SiLU,
+    "idle dropout": lambda: nn.Dropout(0.0),
+}
+
+
+@settings(max_examples=10)
+@given(
+    parts=st.lists(st.sampled_from(sorted(PARTS)), min_size=1, max_size=4).map(
+        lambda parts: ["linear", *parts]
+    ),
+    turn=st.integers(0, 4),
+    nested=st.booleans(),
+    plan=st.sampled_from(["dense", "merged"]),
+)
+def test_layers_of_any_order(parts: list[str], turn: int, nested: bool, plan: str) -> None:
+    """Wherever norms and activations stand, outlined layers compute what the flat graph does."""
+    torch.manual_seed(0)
+    order = [*parts[turn:], *parts[:turn]]
+    layers = [[PARTS[part]() for part in order] for _ in range(LAYERS)]
+    body = [nn.Sequential(*layer) for layer in layers] if nested else list(chain(*layers))
+    base = nn.Sequential(nn.LayerNorm(8), nn.Sequential(*body), nn.LayerNorm(8))
+    model = vera_fx.adapt(base, vera_fx.VeraConfig(r=3, target_modules="all-linear", plan=plan))
+    fill_vectors(model)
+    flat, x = copy.deepcopy(model), torch.randn(3, 5, 8)
+    found = gradients(model, lambda m: m(x))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VERA_FX_OUTLINE", "0")
+        expected = gradients(flat, lambda m: m(x))
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def test_layers_are_compiled_once(model: nn.Module, fresh_dynamo) -> None:

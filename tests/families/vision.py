@@ -51,5 +51,7 @@ VISION: tuple[Member, ...] = (
         # The logits compare every text with every picture; the embeddings are of one row each.
         output=lambda result: torch.cat([result.text_embeds, result.image_embeds], -1),
     ),
-    Member("timm-vit", timm, lambda: {"x": pictures()}, {"target_modules": ["qkv", "attn.proj", "fc1"]}),
+    Member(
+        "timm-vit", timm, lambda: {"x": pictures()}, {"target_modules": ["qkv", "attn.proj", "fc1"]}
+    ),
 )
