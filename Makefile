@@ -40,7 +40,7 @@ test-executorch:
 # import wherever it is: a virtual environment of its own.
 families:
 	$(MAKE) VENV=.venv-timm .venv-timm/.test,timm
-	VERA_FX_HYPOTHESIS=deep .venv-timm/bin/python -m pytest -n 2 -p tests.families.torchvision_on_cpu \
+	.venv-timm/bin/python -m pytest -n 2 -p tests.families.torchvision_on_cpu \
 		-p tests.families.table --table docs/families.md tests/families
 
 lint: $(VENV)/.dev

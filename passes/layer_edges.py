@@ -21,6 +21,8 @@ def at_what_is_kept(layers: Sequence[Run]) -> list[Run]:
     """
     heads = [_head(run) for run in layers]
     moved = {node for head in heads for node in head}
+    if not moved:
+        return list(layers)
     kinds = [node.args[0] for node in moved]
     found: list[Run] = []
     for run, head in zip(layers, heads, strict=True):

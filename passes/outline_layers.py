@@ -86,11 +86,10 @@ class OutlineLayers:
     def _equal_layers(self, gm: GraphModule, nodes: Sequence[Node]) -> list[Run]:
         """The outermost numbered modules of which at least ``least`` calls compute the same."""
         runs = module_runs(nodes, is_numbered)
-        layers = [run for _, run in _repeated(runs, self.least)]
-        parents = {_parent(run) for run in apart(layers)}
-        siblings = list(apart([run for run in runs if _parent(run) in parents]))
-        equal = _repeated(at_what_is_kept(siblings), self.least)
-        layers = list(apart([run for _, run in equal]))
+        layers = list(apart([run for _, run in _repeated(runs, self.least)]))
+        # The last layer ends in a norm that nobody recomputes, and is no equal of the others yet.
+        equal = _repeated(at_what_is_kept(_with_siblings(layers, runs)), self.least)
+        layers = [run for _, run in equal]
         bodies = {key: _size(gm, run.nodes) for key, run in equal}
         saved = sum(_size(gm, run.nodes) for run in layers) - sum(bodies.values())
         return layers if saved >= self.saved * _size(gm, nodes) else []
@@ -101,6 +100,13 @@ def _repeated(runs: Sequence[Run], least: int) -> list[tuple[str, Run]]:
     keys = [fingerprint(run.nodes) for run in runs]
     counts = Counter(keys)
     return [(key, run) for key, run in zip(keys, runs, strict=True) if counts[key] >= least]
+
+
+def _with_siblings(layers: Sequence[Run], runs: Sequence[Run]) -> list[Run]:
+    """The layers, and the runs of the same lists of modules that hold none of them."""
+    parents, taken = {_parent(run) for run in layers}, {n for run in layers for n in run.nodes}
+    others = [run for run in runs if _parent(run) in parents and taken.isdisjoint(run.nodes)]
+    return [*layers, *apart(others)]
 
 
 def _parent(run: Run) -> str:

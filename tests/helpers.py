@@ -2,6 +2,7 @@
 
 import copy
 import re
+import warnings
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -157,3 +158,35 @@ def peft_pair(
     fill_vectors(ours)
     assert vectors_of(theirs).keys() == vectors_of(ours).keys()
     return theirs, ours
+
+
+def adapted_by_peft(base: nn.Module, name: str = "default", **fields: Any) -> "peft.PeftModel":
+    """A copy of the base in PEFT's hands, in eval mode, without PEFT's warnings."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = peft.VeraConfig(**fields)
+        return peft.get_peft_model(copy.deepcopy(base), config, adapter_name=name).eval()
+
+
+def adapted_by_us(base: nn.Module, name: str = "default", **fields: Any) -> nn.Module:
+    """A copy of the base with the plan that is bit-equal to PEFT."""
+    config = vera_fx.VeraConfig(plan="factored", **fields)
+    return vera_fx.adapt(copy.deepcopy(base), config, adapter_name=name)
+
+
+def kept_tensors(loss: Callable[[], Tensor]) -> list[Tensor]:
+    """What autograd keeps from the making of a loss to its backward, one tensor per storage."""
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[storage_of(tensor)] = tensor.detach()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss().backward()
+    return list(kept.values())
+
+
+def storage_of(tensor: Tensor) -> int:
+    """The address of the memory that a tensor is a view of."""
+    return tensor.untyped_storage().data_ptr()

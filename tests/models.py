@@ -67,7 +67,7 @@ def text_inputs(*, labels: bool = True) -> dict[str, Any]:
     return {"input_ids": ids, "attention_mask": mask, **({"labels": ids} if labels else {})}
 
 
-def llama() -> nn.Module:
+def llama(layers: int = 2) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return LlamaForCausalLM(
@@ -75,11 +75,28 @@ def llama() -> nn.Module:
             vocab_size=VOCABULARY,
             hidden_size=32,
             intermediate_size=48,
-            num_hidden_layers=2,
+            num_hidden_layers=layers,
             num_attention_heads=4,
             num_key_value_heads=2,
         )
     )
+
+
+def small_llama(vocabulary: int, *, tie: bool) -> nn.Module:
+    """A Llama of one layer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=tie,
+    )
+    return LlamaForCausalLM(config)
 
 
 def opt() -> nn.Module:

@@ -1,8 +1,6 @@
 """What the tests of adapters on disk share: one model for both libraries, and their files."""
 
-import copy
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +10,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-import vera_fx
-from tests.helpers import fill_adapters
+from tests.helpers import adapted_by_peft, adapted_by_us, fill_adapters
+from tests.models import small_llama
 
 X = torch.randn(5, 10, generator=torch.Generator().manual_seed(3))
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -40,17 +38,11 @@ def layers() -> nn.Module:
 
 
 def peft_model(base: nn.Module, name: str = "default", **fields: Any) -> peft.PeftModel:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = peft.get_peft_model(
-            copy.deepcopy(base), peft.VeraConfig(**FIELDS | fields), adapter_name=name
-        )
-    return model.eval()
+    return adapted_by_peft(base, name, **FIELDS | fields)
 
 
 def our_model(base: nn.Module, name: str = "default", **fields: Any) -> nn.Module:
-    config = vera_fx.VeraConfig(plan="factored", **FIELDS | fields)
-    return vera_fx.adapt(copy.deepcopy(base), config, adapter_name=name)
+    return adapted_by_us(base, name, **FIELDS | fields)
 
 
 def disturb(*models: nn.Module) -> None:
@@ -70,19 +62,8 @@ def contents(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return load_file(folder / WEIGHTS), values
 
 
-def tiny_llama(folder: Path, *, tie: bool = False, vocabulary: int = 23) -> nn.Module:
+def tiny_llama(folder: Path, *, tie: bool = False) -> nn.Module:
     """A Llama that was saved to ``folder`` and loaded from there."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        tie_word_embeddings=tie,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return LlamaForCausalLM.from_pretrained(folder).eval()
+    model = small_llama(23, tie=tie)
+    model.save_pretrained(folder)
+    return type(model).from_pretrained(folder).eval()

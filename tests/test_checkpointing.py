@@ -7,26 +7,25 @@ import torch
 from torch import Tensor, nn
 
 import vera_fx
-from tests.helpers import assert_close, assert_same_gradients, fill_vectors, gradients, peft_pair
+from tests.helpers import (
+    assert_close,
+    assert_same_gradients,
+    fill_vectors,
+    gradients,
+    kept_tensors,
+    peft_pair,
+    storage_of,
+)
 from tests.models import BY_NAME, param_names
 
 
 def kept_bytes(model: nn.Module, inputs: dict[str, Tensor]) -> int:
     """Bytes that a call keeps for backward, parameters and buffers left out."""
     model(**inputs)  # capture first
-    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
-    own |= {t.untyped_storage().data_ptr() for t in model.vera.slot0.__dict__.values()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(**inputs).loss.backward()
-    return sum(kept.values())
+    own = {storage_of(t) for t in [*model.parameters(), *model.buffers()]}
+    own |= {storage_of(t) for t in model.vera.slot0.__dict__.values()}
+    found = kept_tensors(lambda: model(**inputs).loss)
+    return sum(t.untyped_storage().nbytes() for t in found if storage_of(t) not in own)
 
 
 WITH_LAYERS = [BY_NAME[name] for name in ("llama", "bert", "gpt2", "opt", "t5")]

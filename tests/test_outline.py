@@ -11,26 +11,22 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import vera_fx
-from tests.helpers import assert_close, assert_same_gradients, fill_vectors, gradients, vectors_of
-from tests.models import text_inputs
+from tests.helpers import (
+    assert_close,
+    assert_same_gradients,
+    fill_vectors,
+    gradients,
+    kept_tensors,
+    vectors_of,
+)
+from tests.models import llama, text_inputs
 
 LAYERS = 5
 
 
 def deep_llama() -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=97,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-        )
-    )
+    return llama(LAYERS)
 
 
 @pytest.fixture
@@ -82,17 +78,9 @@ def test_values_and_gradients_are_those_of_the_flat_graph(
 
 def kept_by(model: nn.Module, x: Tensor) -> int:
     """Elements of what a compiled step keeps for every token, statistics of norms left out."""
-    found: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.numel() % x.numel() == 0:
-            found[tensor.untyped_storage().data_ptr()] = tensor.numel()
-        return tensor
-
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager_decomp_partition")
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        compiled(inputs_embeds=x).last_hidden_state.square().sum().backward()
-    return sum(found.values())
+    kept = kept_tensors(lambda: compiled(inputs_embeds=x).last_hidden_state.square().sum())
+    return sum(t.numel() for t in kept if t.numel() % x.numel() == 0)
 
 
 def test_layers_begin_at_what_is_kept(monkeypatch: pytest.MonkeyPatch, fresh_dynamo) -> None:

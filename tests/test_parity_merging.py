@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 import vera_fx
 from tests.helpers import adapter_vectors, assert_close, assert_far_apart, fill_adapters
-from tests.models import MLP
+from tests.models import MLP, small_llama
 
 X = torch.randn(5, 10, generator=torch.Generator().manual_seed(3))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -215,19 +215,7 @@ class TestUnload:
 
 
 def tied_llama() -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=31,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        tie_word_embeddings=True,
-    )
-    return LlamaForCausalLM(config).eval()
+    return small_llama(31, tie=True).eval()
 
 
 class TestTiedEmbeddings:

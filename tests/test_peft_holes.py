@@ -1,7 +1,6 @@
 """Known defects of PEFT 0.21.2's VeRA: shown where that is cheap, and the right behaviour here."""
 
 import copy
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import vera_fx
-from tests.helpers import adapter_vectors, assert_close, assert_far_apart, fill_adapters
+from tests.helpers import (
+    adapted_by_peft,
+    adapted_by_us,
+    adapter_vectors,
+    assert_close,
+    assert_far_apart,
+    fill_adapters,
+)
 from tests.models import MLP
 
 X = torch.randn(4, 10, generator=torch.Generator().manual_seed(3))
@@ -28,15 +34,11 @@ def base() -> nn.Module:
 
 
 def in_peft(base: nn.Module, first: str = "a", **fields: Any) -> peft.PeftModel:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        config = peft.VeraConfig(**BOTH | fields)
-        return peft.get_peft_model(copy.deepcopy(base), config, adapter_name=first).eval()
+    return adapted_by_peft(base, first, **BOTH | fields)
 
 
 def in_ours(base: nn.Module, first: str = "a", **fields: Any) -> nn.Module:
-    config = vera_fx.VeraConfig(plan="factored", **BOTH | fields)
-    return vera_fx.adapt(copy.deepcopy(base), config, adapter_name=first)
+    return adapted_by_us(base, first, **BOTH | fields)
 
 
 def add(model: nn.Module, name: str, **fields: Any) -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import vera_fx
-from tests.helpers import assert_same_gradients, fill_vectors, gradients
+from tests.helpers import assert_same_gradients, fill_vectors, gradients, kept_tensors, storage_of
 
 R, ROWS = 3, 40
 
@@ -37,19 +37,11 @@ def model(plan: str, targets: list[str] | None, dropout: float = 0.0) -> nn.Modu
 
 def kept(module: nn.Module, rows: int = ROWS) -> list[tuple[int, ...]]:
     """Shapes of what a compiled step keeps and the plain parameters are not."""
-    own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
-    found: dict[int, tuple[int, ...]] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in own:
-            found[tensor.untyped_storage().data_ptr()] = tuple(tensor.shape)
-        return tensor
-
+    own = {storage_of(t) for t in (*module.parameters(), *module.buffers())}
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager_decomp_partition")
     x = torch.randn(rows, 24, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        compiled(x).square().sum().backward()
-    return sorted(found.values())
+    found = kept_tensors(lambda: compiled(x).square().sum())
+    return sorted(tuple(t.shape) for t in found if storage_of(t) not in own)
 
 
 def wide(shapes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
