@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from benchmarks.cases import Case, build, inputs
 from benchmarks.systems import System, make
@@ -80,24 +80,37 @@ def measure(case: Case, names: Sequence[str], rounds: int) -> dict[str, Timing]:
     for _ in range(rounds):
         for system in systems:
             samples[system.name].append(_timed(system, arguments))
-    rate = gemm_rate(case.dtype)
+    rates = {dtype: gemm_rate(dtype) for dtype in {torch.float32, case.dtype}}
     return {
         system.name: Timing(
             *_quartiles(samples[system.name]),
             first[system.name],
             kept_bytes(system, arguments),
-            products(system, arguments) / rate / 1e6,
+            products(system, arguments, rates),
         )
         for system in systems
     }
 
 
-def products(system: System, arguments: dict[str, Any]) -> float:
-    """Floating-point operations in the matrix products of one step, counted eagerly."""
+def products(
+    system: System, arguments: dict[str, Any], rates: Mapping[torch.dtype, float]
+) -> float:
+    """Milliseconds of the matrix products of one step, counted eagerly, at each dtype's rate."""
     eager = dataclasses.replace(system, model=getattr(system.model, "_orig_mod", system.model))
-    with FlopCounterMode(display=False) as counter:
+    timed = {operator: _at(rates, flops) for operator, flops in flop_registry.items()}
+    with FlopCounterMode(display=False, custom_mapping=timed) as counter:
         eager.step(arguments)
-    return counter.get_total_flops()
+    return counter.get_total_flops() / 1e6
+
+
+def _at(rates: Mapping[torch.dtype, float], flops: Callable[..., int]) -> Callable[..., float]:
+    """A formula for milliseconds times 1e6, from one for floating-point operations."""
+
+    def scaled(first: Tensor, *rest: Any, **options: Any) -> float:
+        return flops(first, *rest, **options) / rates[first.dtype]
+
+    scaled._get_raw = True  # tensors, not their shapes
+    return scaled
 
 
 def _timed(system: System, arguments: dict[str, Any]) -> float:

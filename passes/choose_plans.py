@@ -25,9 +25,9 @@ _TOLERATED = 0.05
 """How much more than the best an existing graph's plans may cost, as a share of the base's work."""
 
 
-_FOLDS = 8
-"""Tokens per rank from which a merged weight is folded again in backward: the second fold then costs
-at most a sixteenth of the base's own products, and the weight's O*I elements are not kept."""
+_FOLDS = 8, 32
+"""Tokens per rank from which a second fold costs at most a sixteenth, and a 64th, of the base's own
+products: see `folds_again`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,19 +62,20 @@ class Workload:
     Attributes:
         ranks: rank of each active adapter.
         trains: gradients of the vectors will be taken.
-        half: the base computes in half precision, where merging would round the update away.
-        slow_half: the processor multiplies in that precision more slowly than in float32.
+        slow_half: the base computes in half precision, and the processor multiplies in that more
+            slowly than in float32.
         narrow: that precision is float16, in which small gradients vanish: branch products only
             run in it as one scaled product, else in float32.
+        itemsize: bytes of one element of the base's weights.
         restricted: why no other plan than factored is possible (dropout, autocast), or nothing.
         request: ``"auto"``, ``"timed"`` or the plan that the user asked for.
     """
 
     ranks: tuple[int, ...]
     trains: bool
-    half: bool = False
     slow_half: bool = False
     narrow: bool = False
+    itemsize: int = 4
     restricted: str = ""
     request: str = "auto"
 
@@ -165,7 +166,7 @@ def _choice(
         for name, target in group.sites:
             found = costs(tokens, target, work, len(group.sites))
             plan = plans[name] = plan_of(found, name)
-            if work.trains and plan in {"merged", "dense"} and _FOLDS * max(work.ranks) <= tokens:
+            if plan in {"merged", "dense"} and folds_again(tokens, target, work, len(group.sites)):
                 again.add(name)
             choice.cost += found[plan]
             choice.base_cost += found["base"]
@@ -189,9 +190,9 @@ def allowed(work: Workload) -> tuple[str, ...]:
     """The plans that the chooser may take of its own accord."""
     if work.restricted or len(work.ranks) != 1:
         return ("factored",)
-    if work.half:
-        return ("scaled",) if work.narrow and not work.slow_half else ("factored",)
-    return PLANS
+    if work.slow_half:
+        return ("factored",)
+    return ("scaled",) if work.narrow else PLANS
 
 
 def _reason(costs: Mapping[str, float], tokens: int, work: Workload) -> str:
@@ -203,11 +204,24 @@ def _reason(costs: Mapping[str, float], tokens: int, work: Workload) -> str:
         return "products in float32, as this processor multiplies half precision slowly"
     if len(work.ranks) != 1:
         return "several adapters are active"
-    if work.half:
-        why = "merging would round in the base's half precision"
-        return f"{why}, more than one product would in float16" if work.narrow else why
+    if work.narrow:
+        return "small gradients would vanish in more than one product in float16"
     share = ", ".join(f"{name} {costs[name] / costs['factored']:.2f}" for name in PLANS)
     return f"{tokens} tokens{', timed' * (work.request == 'timed')}: {share}"
+
+
+def folds_again(T: int, target: Target, work: Workload, sharing: int) -> bool:
+    """True if backward is to fold the merged weight once more rather than keep its O*I elements.
+
+    That is where a second fold costs next to nothing, or little while the weight is more than a
+    quarter of what PEFT keeps for the site: ``x @ A.T`` and the branch's output, in float32.
+    """
+    cheap, cheaper = _FOLDS
+    tokens_per_rank = T / max(work.ranks)
+    kept_by_peft = 4 * T * (max(work.ranks) / sharing + target.out_features)
+    weight = work.itemsize * target.in_features * target.out_features
+    cheap_enough = tokens_per_rank >= (cheap if 4 * weight > kept_by_peft else cheaper)
+    return work.trains and cheap_enough
 
 
 def modelled_costs(T: int, target: Target, work: Workload, sharing: int) -> dict[str, float]:
@@ -219,6 +233,7 @@ def modelled_costs(T: int, target: Target, work: Workload, sharing: int) -> dict
     I, O = target.in_features, target.out_features  # noqa: E741
     costs: dict[str, float] = dict.fromkeys(PLANS, 0.0)
     costs["base"] = (4.0 if work.trains else 2.0) * T * I * O
+    folds = 2 if folds_again(T, target, work, sharing) else 1
     for R in work.ranks:
         project, expand, fold = 2.0 * T * I * R / sharing, 2.0 * T * R * O, 2.0 * O * I * R
         rows, passes, scales = T * O * _BALANCE, T * R * _BALANCE, O * R * _BALANCE
@@ -226,9 +241,9 @@ def modelled_costs(T: int, target: Target, work: Workload, sharing: int) -> dict
         costs["factored"] += project + expand + 2 * passes + 3 * rows + 6 * _LAUNCH
         costs["scaled"] += project + expand + 3 * scales + 2 * rows + 6 * _LAUNCH
         costs["merged"] += (
-            fold + project * (not work.trains) + 2 * scales + 2 * weight + 4 * _LAUNCH
+            folds * fold + project * (not work.trains) + 2 * scales + 2 * weight + 4 * _LAUNCH
         )
-        costs["dense"] += fold + 2 * scales + 2 * weight + 4 * _LAUNCH
+        costs["dense"] += folds * fold + 2 * scales + 2 * weight + 4 * _LAUNCH
         if work.trains:
             costs["factored"] += expand + project + 3 * rows + 4 * passes
             costs["scaled"] += 2 * expand + project + 4 * scales

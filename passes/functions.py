@@ -16,7 +16,11 @@ from torch.utils import checkpoint
 
 
 def merged_weight(weight: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
-    """``W + diag(b) B diag(d) A`` in the dtype of W, added up in that of the vectors.
+    """``W + diag(b) B diag(d) A`` in the dtype of W.
+
+    The product and the sum are in the vectors' dtype and rounded once. Over a bfloat16 base the
+    product takes bfloat16 operands, as the base's own do, and accumulates in float32; float16 lacks
+    the range for small vectors.
 
     Args:
         weight: base weight, ``(O, I)``.
@@ -30,9 +34,8 @@ def merged_weight(weight: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor) ->
     """
     weight, d, b = weight.detach(), d.detach(), b.detach()
     E_OR = b[:, None] * B * d
-    if weight.dtype == E_OR.dtype:
-        return torch.addmm(weight, E_OR, A)
-    return torch.addmm(weight.to(E_OR.dtype), E_OR, A).to(weight.dtype)
+    dtype = torch.bfloat16 if weight.dtype == torch.bfloat16 else E_OR.dtype
+    return torch.addmm(weight.to(dtype), E_OR.to(dtype), A.to(dtype)).to(weight.dtype)
 
 
 def merged_weight_again(weight: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
@@ -130,4 +133,7 @@ def _product(G_TO: Tensor, x: Tensor | None, z: Tensor | None, A: Tensor) -> Ten
         return (G_TO.T @ z.reshape(-1, z.shape[-1]).to(G_TO.dtype)).to(A.dtype)
     if x is None:
         raise RuntimeError("merged_linear kept neither x nor z; this is a fault of vera_fx")
-    return (G_TO.T @ x.reshape(-1, x.shape[-1])).to(A.dtype) @ A.T
+    D_OI = G_TO.T @ x.reshape(-1, x.shape[-1])
+    if D_OI.dtype == torch.bfloat16:
+        return (D_OI @ A.T.to(D_OI.dtype)).to(A.dtype)
+    return D_OI.to(A.dtype) @ A.T

@@ -104,9 +104,9 @@ def workload(model: nn.Module, training: Mapping[str, bool], *, trains: bool) ->
     return Workload(
         ranks=tuple(adapter.config.r for adapter in adapters),
         trains=trains and any(adapter.trainable for adapter in adapters),
-        half=weight.dtype in _HALF,
         slow_half=weight.dtype in _HALF and not multiplies_well(weight),
         narrow=weight.dtype == torch.float16,
+        itemsize=weight.element_size(),
         restricted=_restriction(adapters, any(training.get(path) for path in bank.targets)),
         request=requests.pop() if len(requests) == 1 else "auto",
     )
