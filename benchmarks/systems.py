@@ -88,6 +88,7 @@ METHODS: dict[str, tuple[Callable[[nn.Module, Case], nn.Module], bool]] = {
     "lora r=8": (peft_lora, True),
     "ours eager": (ours, False),
     "ours": (ours, True),
+    "ours scaled": (functools.partial(ours, plan="scaled"), True),
 }
 """name: (how to make it, whether it is compiled)."""
 
