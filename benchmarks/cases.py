@@ -48,6 +48,7 @@ def case_of(values: dict[str, Any]) -> Case:
     return Case(**values)
 
 
+BF16 = torch.bfloat16
 QV = {"roberta": ("query", "value"), "llama": ("q_proj", "v_proj"), "vit": ("q_proj", "v_proj")}
 
 
@@ -124,8 +125,8 @@ def grid(*, full: bool) -> list[Case]:
         Case("roberta q,v r=1024", "roberta", QV["roberta"], 1024, 2, 16, 128),
         Case("roberta q,v r=256", "roberta", QV["roberta"], 256, 2, 16, 128),
         Case("llama all r=256", "llama", "all-linear", 256, 2, 16, 128),
-        Case("roberta q,v r=1024 bf16", "roberta", QV["roberta"], 1024, 2, 16, 128, torch.bfloat16),
-        Case("llama all r=256 bf16", "llama", "all-linear", 256, 2, 16, 128, torch.bfloat16),
+        Case("roberta q,v r=1024 bf16", "roberta", QV["roberta"], 1024, 2, 16, 128, BF16),
+        Case("llama all r=256 bf16", "llama", "all-linear", 256, 2, 16, 128, BF16),
     ]
     if full:
         cases += [
@@ -137,8 +138,8 @@ def grid(*, full: bool) -> list[Case]:
             Case("vit q,v r=256", "vit", QV["vit"], 256, 2, 8, 196),
             Case("roberta q,v r=1024 12 layers", "roberta", QV["roberta"], 1024, 12, 16, 128),
             Case("llama all r=256 12 layers", "llama", "all-linear", 256, 12, 4, 128),
-            Case(
-                "llama all r=256 bf16 T=512", "llama", "all-linear", 256, 2, 4, 128, torch.bfloat16
-            ),
+            Case("llama all r=256 bf16 T=512", "llama", "all-linear", 256, 2, 4, 128, BF16),
+            Case("llama all r=256 bf16 T=8192", "llama", "all-linear", 256, 2, 64, 128, BF16),
+            Case("roberta q,v r=256 bf16", "roberta", QV["roberta"], 256, 2, 16, 128, BF16),
         ]
     return cases

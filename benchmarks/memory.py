@@ -70,15 +70,18 @@ def main(
     layers: Annotated[int, typer.Option(min=1)] = 2,
     only: Annotated[str, typer.Option(help="run the cases whose name contains this")] = "",
     checkpointed: Annotated[bool, typer.Option(help="with gradient checkpointing")] = False,
+    bf16: Annotated[bool, typer.Option(help="bases in bfloat16")] = False,
     output: Annotated[Path, typer.Option()] = Path("out/bench_memory.json"),
 ) -> None:
     """Peak memory of compiled training steps with AdamW, above what is resident between steps."""
     columns = ("case", "tokens", *NAMES, "ours beyond floor / peft's", "ours / lora")
     table, results = Table(*columns, title="MiB of a step"), []
+    dtype = torch.bfloat16 if bf16 else torch.float32
     for case in CASES:
         for count in tokens if only in case.name else ():
+            batch = count // case.length
             sized = replace(
-                case, layers=layers, batch=count // case.length, checkpointed=checkpointed
+                case, layers=layers, batch=batch, checkpointed=checkpointed, dtype=dtype
             )
             found = {name: measured(name, sized) for name in NAMES}
             step = {name: values["step"] for name, values in found.items()}
@@ -97,6 +100,7 @@ def main(
                     "tokens": count,
                     "layers": layers,
                     "checkpointed": checkpointed,
+                    "dtype": str(dtype),
                     "mib": found,
                 }
             )

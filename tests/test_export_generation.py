@@ -21,18 +21,21 @@ STEPS = 6
 def greedy(package, ids, config):
     """Greedy decoding with transformers' runners of a prefill and a decode program."""
     import torch
-    from transformers import DynamicCache
+    import transformers
 
+    recent = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24)
+    name = "cache" if recent else "past_key_values"  # what the programs call it
     batch, length = ids.shape
-    places, cache = torch.arange(length).expand(batch, -1), DynamicCache(config=config)
+    cache = {name: transformers.DynamicCache(config=config)}
+    places = torch.arange(length).expand(batch, -1)
     programs = package.runners
-    result = programs["prefill"](input_ids=ids, position_ids=places, past_key_values=cache)
+    result = programs["prefill"](input_ids=ids, position_ids=places, **cache)
     found = [ids]
     for step in range(6):
         found.append(torch.as_tensor(result["logits"])[:, -1].argmax(-1, keepdim=True))
         place = torch.full((batch, 1), length + step)
-        cache = result["past_key_values"]
-        result = programs["decode"](input_ids=found[-1], position_ids=place, past_key_values=cache)
+        cache = {name: result["past_key_values"]}
+        result = programs["decode"](input_ids=found[-1], position_ids=place, **cache)
     return torch.cat(found, 1)
 
 
@@ -41,7 +44,8 @@ import sys
 {inspect.getsource(greedy)}
 import torch
 from transformers.exporters import ExportedModel
-package = ExportedModel.from_pretrained(sys.argv[1])
+# Programs of torch are pickled.
+package = ExportedModel.from_pretrained(sys.argv[1], trust_remote_code=True)
 found = [greedy(package, ids, package.config) for ids in torch.load(sys.argv[2])]
 assert "vera_fx" not in sys.modules
 torch.save(found, sys.argv[3])

@@ -1,4 +1,4 @@
-"""The few private corners of torch 2.13 that the library needs, each behind one name."""
+"""The few private corners of torch (2.13 to 2.15) that the library needs, each behind one name."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
