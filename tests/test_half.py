@@ -146,7 +146,7 @@ def test_a_whole_model_trains_alike(fast_half: None) -> None:
     torch.manual_seed(0)
     base = family.build().bfloat16()
     losses = []
-    for plan in ("factored", "auto", "scaled"):
+    for plan in ("factored", "auto", "scaled", "merged", "dense"):
         model = vera_fx.adapt(
             copy.deepcopy(base), vera_fx.VeraConfig(r=8, plan=plan, **family.config)
         )
