@@ -34,8 +34,13 @@ def merged_weight(weight: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor) ->
     """
     weight, d, b = weight.detach(), d.detach(), b.detach()
     E_OR = b[:, None] * B * d
-    dtype = torch.bfloat16 if weight.dtype == torch.bfloat16 else E_OR.dtype
+    dtype = _fold_dtype(weight.dtype, E_OR.dtype)
     return torch.addmm(weight.to(dtype), E_OR.to(dtype), A.to(dtype)).to(weight.dtype)
+
+
+def _fold_dtype(base: torch.dtype, vectors: torch.dtype) -> torch.dtype:
+    """The dtype of products as large as a weight: bfloat16 over such a base, else the vectors' own."""
+    return base if base == torch.bfloat16 else vectors
 
 
 def merged_weight_again(weight: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
@@ -134,6 +139,5 @@ def _product(G_TO: Tensor, x: Tensor | None, z: Tensor | None, A: Tensor) -> Ten
     if x is None:
         raise RuntimeError("merged_linear kept neither x nor z; this is a fault of vera_fx")
     D_OI = G_TO.T @ x.reshape(-1, x.shape[-1])
-    if D_OI.dtype == torch.bfloat16:
-        return (D_OI @ A.T.to(D_OI.dtype)).to(A.dtype)
-    return D_OI.to(A.dtype) @ A.T
+    dtype = _fold_dtype(D_OI.dtype, A.dtype)
+    return (D_OI.to(dtype) @ A.T.to(dtype)).to(A.dtype)

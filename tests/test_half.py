@@ -54,8 +54,10 @@ def test_errors_against_float64_are_about_pefts(base: nn.Module, plan: str) -> N
     output, reference = call(ours, dtype), call(theirs, dtype)
 
     assert output.dtype == dtype
-    # Added by a product, the update finds the base's output rounded, and the sum is rounded again.
-    assert error(output, exact) <= (1.5 if plan == "scaled" else 1.3) * error(reference, exact)
+    # Added by a product, the update finds the base's output rounded, and the sum is rounded again:
+    # 1.36 where bfloat16 products are the processor's own.
+    most = 1.4 if plan == "scaled" and dtype == torch.bfloat16 else 1.3
+    assert error(output, exact) <= most * error(reference, exact)
     limit = 1.3 * error(gradients(theirs, reference), wanted)
     assert error(gradients(ours, output), wanted) <= limit
     assert_far_apart(output, call(base, dtype))

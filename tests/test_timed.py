@@ -62,8 +62,9 @@ def test_the_fastest_is_taken(monkeypatch: pytest.MonkeyPatch, fastest: str) -> 
     assert all("12 tokens, timed" in why for _, _, why in graph.plans)
 
 
-def test_restrictions_are_kept() -> None:
+def test_restrictions_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
+    monkeypatch.setattr("vera_fx.planning.multiplies_well", lambda _: True)
     half = vera_fx.adapt(Attention().half().eval(), CONFIG)
     fill_vectors(half)
     half(X.half())
@@ -72,9 +73,9 @@ def test_restrictions_are_kept() -> None:
     vera_fx.set_adapter(summed, ["default", "other"])
     summed(X)
 
-    for model, plans in ((half, {"factored", "scaled"}), (summed, {"factored"})):
+    for model, plans in ((half, {"scaled"}), (summed, {"factored"})):
         (graph,) = vera_fx.explain(model).graphs
-        assert {plan for _, plan, _ in graph.plans} <= plans
+        assert {plan for _, plan, _ in graph.plans} == plans
 
 
 def test_a_real_run_is_right() -> None:
