@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import vera_fx
 from vera_fx import planning
+from vera_fx.reference import vera_delta
 
 console = Console(width=120)
 FAMILIES = ("roberta", "llama")
@@ -100,6 +101,20 @@ def errors(
     return found
 
 
+def update_share(name: str, size: float, *, width: int, r: int) -> tuple[float, float]:
+    """The smallest and the largest update of a target, as a share of its weight's norm."""
+    model, _ = model_and_call(name, width, seed=0)
+    config = vera_fx.VeraConfig(r=r, target_modules="all-linear")
+    bank: Any = fill(vera_fx.adapt(model, config), size).vera
+    (pair,) = bank.projections.values()
+    shares = []
+    for path, own in bank.adapter("default").vectors.by_path.items():
+        weight = model.get_submodule(path).weight
+        d, b = own.vera_lambda_d, own.vera_lambda_b
+        shares.append(_share(vera_delta(pair.vera_A, pair.vera_B, d, b, weight.shape[1]), weight))
+    return min(shares), max(shares)
+
+
 def _copy_vectors(source: nn.Module, target: nn.Module) -> None:
     bank: Any = source.vera
     values = bank.adapter("default").vectors.by_path
@@ -128,7 +143,8 @@ def main(
     output: Annotated[Path, typer.Option()] = Path("out/bench_accuracy.json"),
 ) -> None:
     """Compare with a float64 copy of the same rounded model."""
-    table = Table("model", "dtype", "lambda_b", "method", "logits / peft's", "gradients / peft's")
+    columns = ("model", "dtype", "lambda_b", "update / weight", "method")
+    table = Table(*columns, "logits / peft's", "gradients / peft's")
     results: dict[str, Any] = {}
     # On a processor without half-precision instructions "auto" would be PEFT's arithmetic.
     with mock.patch.object(planning, "multiplies_well", return_value=True):
@@ -138,11 +154,11 @@ def main(
             kind = str(dtype).removeprefix("torch.")
             results[f"{name} {kind} {size}"] = found
             logits, values = found["peft"]
+            least, most = update_share(name, size, width=width, r=r)
             for method in PLANS:
                 a, b = found[method]
-                table.add_row(
-                    name, kind, f"{size}", method, f"{a / logits:.2f}", f"{b / values:.2f}"
-                )
+                ratios = f"{a / logits:.2f}", f"{b / values:.2f}"
+                table.add_row(name, kind, f"{size}", f"{least:.4f}-{most:.4f}", method, *ratios)
     console.print(table)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(results, indent=2) + "\n")

@@ -4,6 +4,7 @@ python -m benchmarks.dispatch
 """
 
 import statistics
+import tempfile
 import time
 
 import torch
@@ -29,12 +30,27 @@ class Stack(nn.Module):
         return {"y": x + sum(others), "x": x} if flag else {"y": x, "x": x}
 
 
-def microseconds(layers: int, leaves: int, rounds: int = 2000) -> float:
-    """Median of one call's Python cost around a known graph."""
+SITUATIONS = {"training": (True, True), "evaluating": (True, False), "serving": (False, False)}
+"""name: (whether the adapter may train, whether gradients are on)."""
+
+
+def adapted(layers: int, *, trainable: bool) -> nn.Module:
+    """Layers with an adapter that may train, or with one that was loaded to serve."""
     model = vera_fx.adapt(Stack(layers), vera_fx.VeraConfig(r=2, target_modules="all-linear"))
+    if trainable:
+        return model
+    with tempfile.TemporaryDirectory() as folder:
+        vera_fx.save_adapter(model, folder)
+        return vera_fx.load_adapter(Stack(layers), folder)
+
+
+def microseconds(situation: str, layers: int, leaves: int, rounds: int = 2000) -> float:
+    """Median of one call's Python cost around a known graph."""
+    trainable, gradients = SITUATIONS[situation]
+    model = adapted(layers, trainable=trainable)
     args = tuple(torch.randn(4, 8) for _ in range(leaves))
     samples = []
-    with torch.no_grad():
+    with torch.set_grad_enabled(gradients):
         prepared = prepare(model, args, {"flag": True})
         outputs = prepared.graph(*prepared.call.leaves)
         for _ in range(rounds):
@@ -46,10 +62,11 @@ def microseconds(layers: int, leaves: int, rounds: int = 2000) -> float:
 
 def main() -> None:
     """Print the cost by number of layers and of tensor arguments."""
-    table = Table("layers", "tensor arguments", "microseconds", title="dispatch of a known call")
+    table = Table("layers", "tensor arguments", *SITUATIONS, title="microseconds of a known call")
     for layers in (2, 20, 100):
         for leaves in (1, 12):
-            table.add_row(str(layers), str(leaves), f"{microseconds(layers, leaves):.0f}")
+            found = (f"{microseconds(name, layers, leaves):.0f}" for name in SITUATIONS)
+            table.add_row(str(layers), str(leaves), *found)
     Console().print(table)
 
 

@@ -38,7 +38,9 @@ def error(found: Tensor, exact: Tensor) -> float:
 
 
 def gradients(model: nn.Module, output: Tensor) -> Tensor:
-    found = torch.autograd.grad(output.double().sin().sum(), [*vectors_of(model).values()])
+    # By name: PEFT registers lambda_b first, we lambda_d.
+    vectors = [parameter for _, parameter in sorted(vectors_of(model).items())]
+    found = torch.autograd.grad(output.double().sin().sum(), vectors)
     return torch.cat([g.double() for g in found])
 
 
@@ -58,7 +60,9 @@ def test_errors_against_float64_are_about_pefts(base: nn.Module, plan: str) -> N
     # 1.36 where bfloat16 products are the processor's own.
     most = 1.4 if plan == "scaled" and dtype == torch.bfloat16 else 1.3
     assert error(output, exact) <= most * error(reference, exact)
-    limit = 1.3 * error(gradients(theirs, reference), wanted)
+    # PEFT's branch is in float32. In a model of one layer nothing else rounds: 1.3 to 1.9 here, and
+    # at most 1.13 in whole models (`python -m benchmarks.accuracy`).
+    limit = 2.0 * error(gradients(theirs, reference), wanted)
     assert error(gradients(ours, output), wanted) <= limit
     assert_far_apart(output, call(base, dtype))
     plans = {p for graph in vera_fx.explain(ours).graphs for _, p, _ in graph.plans}

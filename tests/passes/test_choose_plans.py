@@ -47,19 +47,37 @@ def test_the_cheapest_is_chosen(
     assert costs[plan_of(T, *features, work)] == min(costs[plan] for plan in PLANS)
 
 
+SQUARE, WIDE = (768, 768), (768, 2048)
+
+
 @pytest.mark.parametrize(
-    ("T", "R", "itemsize", "again"),
+    ("T", "R", "shape", "sharing", "itemsize", "again"),
     [
-        (2047, 256, 4, False),  # below eight tokens per rank
-        (2048, 256, 4, True),  # 2.25 MiB against a quarter of 8 MiB
-        (2048, 256, 2, False),  # half of that
-        (8191, 256, 4, False),  # a sixteenth of what PEFT keeps
-        (8192, 256, 4, True),  # as cheap as it gets
-        (2048, 1024, 2, False),
+        (2047, 256, SQUARE, 1, 4, False),  # below eight tokens per rank
+        (2048, 256, SQUARE, 1, 4, True),  # 2.25 MiB against a quarter of 8 MiB
+        (2048, 256, SQUARE, 1, 2, False),  # half of that
+        (2400, 256, SQUARE, 1, 4, False),  # against 2.34 MiB of a site that is alone,
+        (2400, 256, SQUARE, 3, 4, True),  # and 1.95 of one that shares z with two others
+        (3000, 256, WIDE, 1, 4, False),  # 6 MiB against a quarter of 26: the output is wide,
+        (3000, 256, WIDE[::-1], 1, 4, True),  # and here narrow, against a quarter of 12
+        (8191, 256, SQUARE, 1, 4, False),  # a sixteenth of what PEFT keeps
+        (8192, 256, SQUARE, 1, 4, True),  # as cheap as it gets
+        (2048, 1024, SQUARE, 1, 2, False),
     ],
 )
-def test_when_a_merged_weight_is_folded_again(T: int, R: int, itemsize: int, again: bool) -> None:
+def test_when_a_merged_weight_is_folded_again(
+    T: int, R: int, shape: tuple[int, int], sharing: int, itemsize: int, again: bool
+) -> None:
     work = Workload((R,), trains=True, itemsize=itemsize)
-    assert folds_again(T, target(768, 768), work, 1) is again
+    assert folds_again(T, target(*shape), work, sharing) is again
     served = Workload((R,), trains=False, itemsize=itemsize)
-    assert not folds_again(T, target(768, 768), served, 1)
+    assert not folds_again(T, target(*shape), served, sharing)
+
+
+@pytest.mark.parametrize("plan", ["merged", "dense"])
+def test_the_second_fold_counts(plan: str) -> None:
+    R, shape = 256, WIDE
+    work = Workload((R,), trains=True)
+    before, after = (modelled_costs(T, target(*shape), work, 1)[plan] for T in (8191, 8192))
+    fold = 2 * R * shape[0] * shape[1]
+    assert 0.99 * fold < after - before < 1.01 * fold
