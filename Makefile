@@ -34,7 +34,7 @@ test-all: $(VENV)/.test families
 # ExecuTorch brings packages that nothing else needs: a virtual environment of its own.
 test-executorch:
 	$(MAKE) VENV=.venv-executorch .venv-executorch/.test,executorch
-	.venv-executorch/bin/python -m pytest -m "not slow" tests/test_executorch.py
+	.venv-executorch/bin/python -m pytest -m "not slow" tests/export/test_executorch.py
 
 # The matrix of model families, with its table. timm brings torchvision, which transformers would
 # import wherever it is: a virtual environment of its own.

@@ -17,7 +17,7 @@ from rich.table import Table
 from benchmarks.cases import Case, grid
 from benchmarks.measure import Timing, gemm_rate, measure
 from benchmarks.systems import METHODS
-from vera_fx.hardware import multiplies_well
+from vera_fx.graphs.machine import multiplies_well
 
 console = Console(width=150)
 

@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import vera_fx
-from vera_fx import planning
+from vera_fx.graphs import planning
 from vera_fx.reference import vera_delta
 
 console = Console(width=120)

@@ -2,8 +2,12 @@
 
 from dataclasses import dataclass, field
 
-from ._graph import META_KEY, Tag, graph_text, module_paths, resolve, tag_of
-from ._protocol import (
+from vera_fx.passes.checkpoint_layers import CheckpointLayers
+from vera_fx.passes.contiguous_attention import ContiguousAttention
+from vera_fx.passes.drop_idle_dropout import DropIdleDropout
+from vera_fx.passes.drop_metadata_asserts import DropMetadataAsserts
+from vera_fx.passes.engine.graph import META_KEY, Tag, graph_text, module_paths, resolve, tag_of
+from vera_fx.passes.engine.protocol import (
     GraphPass,
     Numerics,
     PassContractError,
@@ -13,9 +17,14 @@ from ._protocol import (
     SiteError,
     Skip,
 )
-from ._runner import PassRecord, PipelineReport, RunOptions, run_passes
-from .checkpoint_layers import CheckpointLayers
-from .choose_plans import (
+from vera_fx.passes.engine.runner import PassRecord, PipelineReport, RunOptions, run_passes
+from vera_fx.passes.fold_weights import FoldWeights
+from vera_fx.passes.inline_grad_mode import InlineGradMode
+from vera_fx.passes.insert_vera import Branch, InsertVera
+from vera_fx.passes.lower_branch import LowerBranch
+from vera_fx.passes.merge_weight import MergeWeight
+from vera_fx.passes.outline_layers import OutlineLayers, is_outlined
+from vera_fx.passes.plans.choose import (
     PLANS,
     Assignment,
     Choice,
@@ -26,22 +35,13 @@ from .choose_plans import (
     choose_plans,
     site_groups,
 )
-from .contiguous_attention import ContiguousAttention
-from .drop_idle_dropout import DropIdleDropout
-from .drop_metadata_asserts import DropMetadataAsserts
-from .fold_weights import FoldWeights
-from .inline_grad_mode import InlineGradMode
-from .insert_vera import Branch, InsertVera
-from .lower_branch import LowerBranch
-from .merge_weight import MergeWeight
-from .outline_layers import OutlineLayers, is_outlined
-from .recompute_in_backward import RecomputeInBackward
-from .redirect_parameters import Redirect, RedirectParameters
-from .row_vectors import RowSource, RowVectors
-from .scale_branch import ScaleBranch
-from .share_projection import ShareProjection
-from .sites import Site, SiteSearch, Target, find_sites
-from .zero_masked_rows import ZeroMaskedRows
+from vera_fx.passes.recompute_in_backward import RecomputeInBackward
+from vera_fx.passes.redirect_parameters import Redirect, RedirectParameters
+from vera_fx.passes.row_vectors import RowSource, RowVectors
+from vera_fx.passes.scale_branch import ScaleBranch
+from vera_fx.passes.share_projection import ShareProjection
+from vera_fx.passes.sites.find import Site, SiteSearch, Target, find_sites
+from vera_fx.passes.zero_masked_rows import ZeroMaskedRows
 
 __all__ = [
     "META_KEY",

@@ -6,10 +6,10 @@ from typing import Any, ClassVar
 from torch.fx import GraphModule
 from torch.utils import checkpoint
 
-from ._graph import Tag, is_call
-from ._protocol import Numerics, PassReport, Rewrite
-from .segments import Outliner, apart, body_nodes, module_runs
-from .shared_nodes import lift, shared_by_layers
+from vera_fx.passes.engine.graph import Tag, is_call
+from vera_fx.passes.engine.outlining import Outliner, apart, body_nodes, module_runs
+from vera_fx.passes.engine.protocol import Numerics, PassReport, Rewrite
+from vera_fx.passes.sites.shared_nodes import lift, shared_by_layers
 
 _ME = "CheckpointLayers"
 

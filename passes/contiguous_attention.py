@@ -6,8 +6,8 @@ from typing import ClassVar
 import torch
 from torch.fx import GraphModule, Node
 
-from ._graph import Tag, emit, is_call, replace_uses, tag_of
-from ._protocol import Numerics, PassReport, Rewrite
+from vera_fx.passes.engine.graph import Tag, emit, is_call, replace_uses, tag_of
+from vera_fx.passes.engine.protocol import Numerics, PassReport, Rewrite
 
 aten = torch.ops.aten
 

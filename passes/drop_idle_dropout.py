@@ -6,8 +6,8 @@ from typing import ClassVar
 import torch
 from torch.fx import GraphModule, Node
 
-from ._graph import is_call, node_arg
-from ._protocol import Numerics, PassReport, Rewrite
+from vera_fx.passes.engine.graph import is_call, node_arg
+from vera_fx.passes.engine.protocol import Numerics, PassReport, Rewrite
 
 _DROPOUT = torch.ops.aten.dropout.default
 

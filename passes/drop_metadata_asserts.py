@@ -6,8 +6,8 @@ from typing import ClassVar
 import torch
 from torch.fx import GraphModule
 
-from ._graph import is_call
-from ._protocol import Numerics, PassReport, Rewrite
+from vera_fx.passes.engine.graph import is_call
+from vera_fx.passes.engine.protocol import Numerics, PassReport, Rewrite
 
 _ASSERT = torch.ops.aten._assert_tensor_metadata.default
 

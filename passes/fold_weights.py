@@ -6,9 +6,9 @@ from typing import ClassVar
 import torch
 from torch.fx import GraphModule, Node
 
-from ._graph import Tag, attribute, emit, tensor_of
-from ._protocol import Numerics, PassReport, Rewrite, Skip
-from .sites import Site, Target, find_sites, linear_operands
+from vera_fx.passes.engine.graph import Tag, attribute, emit, tensor_of
+from vera_fx.passes.engine.protocol import Numerics, PassReport, Rewrite, Skip
+from vera_fx.passes.sites.find import Site, Target, find_sites, linear_operands
 
 aten = torch.ops.aten
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ._graph import Tag, emit, is_call, resolve, value_of
-from ._protocol import Numerics, PassReport, Rewrite
+from vera_fx.passes.engine.graph import Tag, emit, is_call, resolve, value_of
+from vera_fx.passes.engine.protocol import Numerics, PassReport, Rewrite
 
 _WRAP = torch.ops.higher_order.wrap_with_set_grad_enabled
 

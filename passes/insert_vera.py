@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ._graph import Tag, attribute, emit, replace_uses, tag_of, tensor_of
-from ._protocol import Numerics, PassReport, Rewrite, Skip
-from .sites import Site, Target, find_sites
+from vera_fx.passes.engine.graph import Tag, attribute, emit, replace_uses, tag_of, tensor_of
+from vera_fx.passes.engine.protocol import Numerics, PassReport, Rewrite, Skip
+from vera_fx.passes.sites.find import Site, Target, find_sites
 
 aten = torch.ops.aten
 

@@ -6,9 +6,9 @@ from typing import ClassVar
 import torch
 from torch.fx import GraphModule, Node
 
-from ._graph import Tag, emit, tag_of, tensor_of
-from ._protocol import Numerics, PassReport, Rewrite
-from .branches import InsertedBranch, erase_unused, input_of, inserted_branches
+from vera_fx.passes.engine.graph import Tag, emit, tag_of, tensor_of
+from vera_fx.passes.engine.protocol import Numerics, PassReport, Rewrite
+from vera_fx.passes.sites.inserted import InsertedBranch, erase_unused, input_of, inserted_branches
 
 aten = torch.ops.aten
 

@@ -6,11 +6,11 @@ from typing import ClassVar
 import torch
 from torch.fx import GraphModule, Node
 
-from ._graph import Tag, emit, replace_uses, tensor_of
-from ._protocol import Numerics, PassReport, Rewrite, Skip
-from .branches import InsertedBranch, erase_unused, inserted_branches
-from .functions import merged_linear, merged_weight
-from .sites import linear_operands
+from vera_fx.passes.engine.functions import merged_linear, merged_weight
+from vera_fx.passes.engine.graph import Tag, emit, replace_uses, tensor_of
+from vera_fx.passes.engine.protocol import Numerics, PassReport, Rewrite, Skip
+from vera_fx.passes.sites.find import linear_operands
+from vera_fx.passes.sites.inserted import InsertedBranch, erase_unused, inserted_branches
 
 aten = torch.ops.aten
 

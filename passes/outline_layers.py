@@ -9,12 +9,19 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from ._graph import Tag, is_call
-from ._protocol import Numerics, PassReport, Rewrite
-from .checkpoint_layers import Segment
-from .layer_edges import at_what_is_kept
-from .segments import Outliner, Run, apart, body_nodes, fingerprint, module_runs
-from .shared_nodes import is_numbered, lift, shared_by_layers
+from vera_fx.passes.checkpoint_layers import Segment
+from vera_fx.passes.engine.graph import Tag, is_call
+from vera_fx.passes.engine.outlining import (
+    Outliner,
+    Run,
+    apart,
+    body_nodes,
+    fingerprint,
+    module_runs,
+)
+from vera_fx.passes.engine.protocol import Numerics, PassReport, Rewrite
+from vera_fx.passes.sites.layer_edges import at_what_is_kept
+from vera_fx.passes.sites.shared_nodes import is_numbered, lift, shared_by_layers
 
 _ME = "OutlineLayers"
 

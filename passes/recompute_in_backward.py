@@ -6,9 +6,14 @@ from typing import Any, ClassVar, cast
 import torch
 from torch.fx import GraphModule, Node
 
-from ._graph import is_call, tag_of
-from ._protocol import Numerics, PassReport, Rewrite
-from .functions import merged_linear, merged_weight, merged_weight_again, recomputed
+from vera_fx.passes.engine.functions import (
+    merged_linear,
+    merged_weight,
+    merged_weight_again,
+    recomputed,
+)
+from vera_fx.passes.engine.graph import is_call, tag_of
+from vera_fx.passes.engine.protocol import Numerics, PassReport, Rewrite
 
 aten = torch.ops.aten
 

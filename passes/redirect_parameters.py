@@ -5,8 +5,8 @@ from typing import ClassVar
 
 from torch.fx import GraphModule, Node
 
-from ._graph import Tag, attribute, owner_path
-from ._protocol import Numerics, PassReport, Rewrite, Skip
+from vera_fx.passes.engine.graph import Tag, attribute, owner_path
+from vera_fx.passes.engine.protocol import Numerics, PassReport, Rewrite, Skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,12 +6,20 @@ from typing import Any, ClassVar, cast
 import torch
 from torch.fx import GraphModule, Node
 
-from ._graph import Tag, emit, fake_mode_of, first_body_node, is_call, node_arg, tensor_of
-from ._protocol import Numerics, PassReport, Rewrite, RowError, SiteError
-from .row_facts import row_facts
-from .row_operands import placed, row_product
-from .row_rules import is_pointwise
-from .rows import Lost, RowFacts, Rows, Size, same, shape_of
+from vera_fx.passes.engine.graph import (
+    Tag,
+    emit,
+    fake_mode_of,
+    first_body_node,
+    is_call,
+    node_arg,
+    tensor_of,
+)
+from vera_fx.passes.engine.protocol import Numerics, PassReport, Rewrite, RowError, SiteError
+from vera_fx.passes.rows.facts import row_facts
+from vera_fx.passes.rows.operands import placed, row_product
+from vera_fx.passes.rows.rules import is_pointwise
+from vera_fx.passes.rows.vocabulary import Lost, RowFacts, Rows, Size, same, shape_of
 
 aten = torch.ops.aten
 

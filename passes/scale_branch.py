@@ -6,9 +6,9 @@ from typing import ClassVar
 import torch
 from torch.fx import GraphModule
 
-from ._graph import Tag, emit, replace_uses, tensor_of
-from ._protocol import Numerics, PassReport, Rewrite, Skip
-from .branches import InsertedBranch, erase_unused, inserted_branches
+from vera_fx.passes.engine.graph import Tag, emit, replace_uses, tensor_of
+from vera_fx.passes.engine.protocol import Numerics, PassReport, Rewrite, Skip
+from vera_fx.passes.sites.inserted import InsertedBranch, erase_unused, inserted_branches
 
 aten = torch.ops.aten
 

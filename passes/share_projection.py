@@ -5,8 +5,8 @@ from typing import Any, ClassVar
 
 from torch.fx import GraphModule, Node
 
-from ._graph import tag_of, written_between
-from ._protocol import Numerics, PassReport, Rewrite, Skip
+from vera_fx.passes.engine.graph import tag_of, written_between
+from vera_fx.passes.engine.protocol import Numerics, PassReport, Rewrite, Skip
 
 _SHARED = ("cast_in", "cut_A", "cut_B", "A_half", "B_half", "z")
 

@@ -6,8 +6,16 @@ from typing import ClassVar
 import torch
 from torch.fx import GraphModule, Node
 
-from ._graph import Tag, emit, is_call, node_arg, replace_uses, tag_of, tensor_of
-from ._protocol import Numerics, PassReport, Rewrite, Skip
+from vera_fx.passes.engine.graph import (
+    Tag,
+    emit,
+    is_call,
+    node_arg,
+    replace_uses,
+    tag_of,
+    tensor_of,
+)
+from vera_fx.passes.engine.protocol import Numerics, PassReport, Rewrite, Skip
 
 aten = torch.ops.aten
 

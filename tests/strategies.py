@@ -11,9 +11,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
-from vera_fx.passes import PLANS
 
 import vera_fx
+from vera_fx.passes import PLANS
 
 WIDTHS = (3, 4, 6, 7)
 

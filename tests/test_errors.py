@@ -364,7 +364,7 @@ def test_failed_save_leaves_the_old_files(saved: Path, monkeypatch: pytest.Monke
     def full_disk(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("vera_fx.saving.save_file", full_disk)
+    monkeypatch.setattr("vera_fx.checkpoint.saving.save_file", full_disk)
     with pytest.raises(vera_fx.CheckpointError, match="No space left"):
         vera_fx.save_adapter(
             vera_fx.adapt(MLP(), vera_fx.VeraConfig(r=9, target_modules=["lin0"])), saved

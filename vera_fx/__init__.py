@@ -1,22 +1,14 @@
 """VeRA adapters by a graph pass: adapt, train, compile, save; interchangeable with PEFT."""
 
-from vera_fx.adapt import adapt, capture, unload
-from vera_fx.adapters import (
-    ParameterSummary,
-    active_adapters,
-    adapter_names,
-    add_adapter,
-    delete_adapter,
-    disable_adapters,
-    parameter_summary,
-    set_adapter,
-    set_trainable,
-)
-from vera_fx.aoti import export_aoti
-from vera_fx.checkpoint import (
+from vera_fx._moved import know_old_names
+from vera_fx.checkpoint.loading import load_adapter
+from vera_fx.checkpoint.lora import lora_errors, to_lora
+from vera_fx.checkpoint.saving import save_adapter, save_adapters
+from vera_fx.checkpoint.state_dict import (
     adapter_state_dict,
     load_adapter_state_dict,
 )
+from vera_fx.checkpoint.store import AdapterStore, StoreCounts
 from vera_fx.config import VeraConfig
 from vera_fx.errors import (
     AdapterError,
@@ -28,20 +20,31 @@ from vera_fx.errors import (
     TargetError,
     VeraFxError,
 )
-from vera_fx.executorch_files import export_executorch, export_executorch_data
-from vera_fx.explain import explain
-from vera_fx.export import export_program
-from vera_fx.loading import load_adapter
-from vera_fx.lora import lora_errors, to_lora
-from vera_fx.merging import merge, unmerge
-from vera_fx.onnx_files import export_onnx
-from vera_fx.program_adapters import program_sites, replace_adapter
-from vera_fx.program_files import load_program, save_program
-from vera_fx.program_vectors import program_vectors
-from vera_fx.saving import save_adapter, save_adapters
-from vera_fx.store import AdapterStore, StoreCounts
+from vera_fx.export.aoti import export_aoti
+from vera_fx.export.executorch import export_executorch, export_executorch_data
+from vera_fx.export.files import load_program, save_program
+from vera_fx.export.onnx import export_onnx
+from vera_fx.export.program import export_program
+from vera_fx.export.read_back import program_sites, replace_adapter
+from vera_fx.export.vectors import program_vectors
+from vera_fx.model.adapt import adapt, capture, unload
+from vera_fx.model.adapters import (
+    ParameterSummary,
+    active_adapters,
+    adapter_names,
+    add_adapter,
+    delete_adapter,
+    disable_adapters,
+    parameter_summary,
+    set_adapter,
+    set_trainable,
+)
+from vera_fx.model.merging import merge, unmerge
+from vera_fx.report.explain import explain
 
 __version__ = "0.1.0"
+
+know_old_names()
 
 __all__ = [
     "AdapterError",

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import vera_fx
-from tests.compiling import assert_fullgraph
 from tests.families.folded import FoldedReference
 from tests.families.member import Member
+from tests.graphs.compiling import assert_fullgraph
 from tests.helpers import (
     assert_close,
     assert_far_apart,
@@ -20,7 +20,7 @@ from tests.helpers import (
     gradients,
     peft_pair,
 )
-from tests.test_mixed import BASE, fill_all
+from tests.mixing.test_mixed import BASE, fill_all
 
 
 def pair(member: Member, plan: str = "factored") -> tuple[nn.Module, Any, nn.Module]:

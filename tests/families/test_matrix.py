@@ -14,8 +14,8 @@ from tests.families.modules import MODULES
 from tests.families.seq2seq import SEQ2SEQ
 from tests.families.vision import VISION
 from tests.models import BY_NAME
-from vera_fx.architectures import DEFAULT_TARGETS
-from vera_fx.targets import is_linear, resolve_targets
+from vera_fx.base.default_targets import DEFAULT_TARGETS
+from vera_fx.base.targets import is_linear, resolve_targets
 
 MEMBERS = (*DECODERS, *ENCODERS, *SEQ2SEQ, *VISION, *MODULES)
 NEW = [

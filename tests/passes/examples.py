@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 from torch.fx import GraphModule
+
+from vera_fx.capturing.export_call import bind_live
 from vera_fx.passes import (
     Branch,
     CheckpointLayers,
@@ -31,8 +33,6 @@ from vera_fx.passes import (
     ZeroMaskedRows,
     run_passes,
 )
-
-from vera_fx.capture import bind_live
 
 
 def graph_of(module: nn.Module, *inputs: Tensor) -> GraphModule:

@@ -6,10 +6,10 @@ import textwrap
 
 import pytest
 import torch
-from vera_fx.passes import Numerics, RunOptions, graph_text, run_passes
 
 from tests.passes.examples import EXAMPLES, Example
 from vera_fx import passes
+from vera_fx.passes import Numerics, RunOptions, graph_text, run_passes
 
 NAMES = sorted(EXAMPLES)
 

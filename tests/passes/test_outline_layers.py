@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from vera_fx.passes import OutlineLayers, is_outlined, run_passes
 
 from tests.passes.examples import graph_of
+from vera_fx.passes import OutlineLayers, is_outlined, run_passes
 
 X = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
 

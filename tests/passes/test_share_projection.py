@@ -2,9 +2,9 @@
 
 import torch
 from torch import Tensor
-from vera_fx.passes import ShareProjection, run_passes, tag_of
 
 from tests.passes.examples import TwoReaders, adapted_readers, graph_of, two_targets
+from vera_fx.passes import ShareProjection, run_passes, tag_of
 
 
 def products(graph: torch.fx.GraphModule) -> int:

@@ -1,0 +1,1 @@
+"""What all passes stand on: editing graphs, the protocol, the runner, outlining, functions."""

@@ -1,0 +1,1 @@
+"""Choosing how each site's branch is computed."""

@@ -1,0 +1,1 @@
+"""Following the rows of a batch through a graph."""

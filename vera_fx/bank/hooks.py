@@ -1,0 +1,93 @@
+"""Keeps modules adapted where they are called outside of the model's own forward.
+
+``model.encoder(...)``, ``model.get_encoder()`` in ``generate``, a feature extractor that calls one
+layer: such calls never reach the model's forward, so no graph serves them. Hooks compute there
+eagerly what the graph would. Graphs do not call modules, so inside of them no hook ever runs.
+"""
+
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vera_fx.bank.adapter import TrainedBias
+from vera_fx.capturing.export_call import is_capturing
+from vera_fx.errors import AdapterError
+from vera_fx.mixing.kept_names import in_mixture
+from vera_fx.model.weight_watch import enter, leave, unwatched
+from vera_fx.reference import vera_branch
+
+if TYPE_CHECKING:
+    from vera_fx.bank.bank import AdapterBank
+
+
+class EagerHook:
+    """Forward hook of one module of the base model, serving one bank."""
+
+    def __init__(self, bank: "AdapterBank", path: str) -> None:
+        self.bank = bank
+        self.path = path
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        """The adapted output, or None (leave it) while capturing or with nothing to add."""
+        leave(self.path)
+        if is_capturing() or not self.bank.computing():
+            return None
+        if in_mixture(self.bank):
+            raise AdapterError(
+                f"{self.path!r} was called outside of the model's own forward in a batch that mixes "
+                "adapters; only calls of the model itself can mix them"
+            )
+        with unwatched():
+            return self.adapted(module, args, kwargs, output)
+
+    def adapted(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        """What the module would return inside an adapted graph."""
+        raise NotImplementedError
+
+
+class Entering(EagerHook):
+    """Forward pre-hook of an adapted module: notes that its own forward begins."""
+
+    def __call__(self, _module: nn.Module, _args: Any, _kwargs: Any) -> None:  # type: ignore[override]
+        """Note it; the hooks that adapt the module note the end."""
+        enter(self.path)
+
+
+class EagerBranch(EagerHook):
+    """On a target: adds the computing adapters' branches to the output."""
+
+    def adapted(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor:
+        """``output`` plus every branch, in the dtype of ``output``."""
+        x, total = (args[0] if args else kwargs["input"]), output
+        for name in self.bank.computing():
+            adapter = self.bank.adapter(name)
+            vectors = adapter.vectors_at(self.path)
+            if vectors is not None:
+                d, b = vectors.vera_lambda_d, vectors.vera_lambda_b
+                kept = F.dropout(x.to(d.dtype), adapter.config.vera_dropout, module.training)
+                projections = self.bank.projections_of(adapter)
+                total = total + vera_branch(kept, projections.vera_A, projections.vera_B, d, b)
+        return total.to(output.dtype)
+
+
+class EagerCopy(EagerHook):
+    """On a module that an adapter trains in full or for its bias: uses the adapter's copy."""
+
+    def adapted(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        """The copy's output for the same input."""
+        for name in self.bank.computing():
+            copy = self.bank.adapter(name).copies.by_path.get(self.path)
+            if isinstance(copy, TrainedBias):
+                output = output + (copy.bias - cast("Tensor", module.bias))
+            elif copy is not None:
+                output = copy(*args, **kwargs)
+        return output

@@ -1,0 +1,123 @@
+"""What graphs read of the computing adapters: made once for each set of them, and then kept.
+
+Graphs never read an adapter directly. They read *slots*, plain holders outside of ``state_dict``,
+one for each computing adapter. A switch puts other slots in place and touches no tensor, so that it
+costs the same however large the model is.
+
+Compiled code is made for tensors that require gradients, or for tensors that do not. So there are
+slots of two kinds: with the adapters' own parameters, and, for calls without gradients, with the
+same values under parameters that never require any. There one graph serves all adapters, whether
+they train or not, with zeros and the base's tensors for what they lack.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vera_fx._torch import open_dimension, stamp
+from vera_fx.base.targets import BANK
+
+
+class Slot:
+    """The tensors of one computing adapter under the names that graphs use."""
+
+    def __init__(self, values: Mapping[str, Tensor] | None = None) -> None:
+        self.__dict__.update(values or {})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by name."""
+        return self.__dict__
+
+    def without_gradients(self) -> "Slot":
+        """The same memory under tensors that require no gradients."""
+        return Slot({name: _frozen(value) for name, value in self.tensors().items()})
+
+
+def _frozen(value: Tensor) -> Tensor:
+    if not value.requires_grad:
+        return value
+    return nn.Parameter(value.detach(), requires_grad=False)
+
+
+def slot_path(index: int, attribute: str) -> str:
+    """The path under which graphs read an attribute of a slot."""
+    return f"{BANK}.slot{index}.{attribute}"
+
+
+def served_path(path: str) -> str:
+    """The path under which calls without gradients read what `path` is, if it is of a slot."""
+    return re.sub(rf"^{BANK}\.slot(?=\d+\.)", f"{BANK}.served", path)
+
+
+def open_ranks(kind: str) -> None:
+    """Let one compiled graph serve adapters of every rank above 1.
+
+    Args:
+        kind: ``"served"``, which costs nothing; or ``"slot"``, which costs some 3 % of a training
+            step, for banks whose adapters do have different ranks.
+    """
+    for attribute, dim in ((r"vera_A", 0), (r"vera_B", 1), (r"\w+__lambda_d_*", 0)):
+        open_dimension(rf".*\b{BANK}\b.*\.{kind}\d+\.{attribute}$", dim)
+        # Functions made of layers take the same tensors as arguments, named by what was read.
+        argument = attribute.lower() + r"(_\d+)?"
+        open_dimension(rf"L\['{BANK}_{kind}\d+_{argument}'\]$", dim)
+
+
+class SlotNames:
+    """Names of tensors as attributes of a slot: identifiers, each for one tensor only."""
+
+    def __init__(self) -> None:
+        self._names: dict[tuple[str, str], str] = {}
+
+    def of(self, path: str, name: str) -> str:
+        """The attribute for tensor ``name`` of the module at ``path``."""
+        if (path, name) not in self._names:
+            attribute = f"{path}.{name}".replace(".", "__")
+            while attribute in self._names.values():
+                attribute += "_"
+            self._names[path, name] = attribute
+        return self._names[path, name]
+
+
+class Binding:
+    """The slots of one set of computing adapters.
+
+    Attributes:
+        slots: one for each adapter, in order.
+        served: the same for calls without gradients.
+        structure: a number for what of the adapters shapes graphs; 0 if none computes. All else
+            about them is data.
+        dropout: each adapter's ``vera_dropout``, which shapes graphs of train mode only.
+    """
+
+    def __init__(
+        self,
+        slots: tuple[Slot, ...] = (),
+        structure: int = 0,
+        dropout: tuple[float, ...] = (),
+        sources: tuple[dict[str, Any], ...] = (),
+    ) -> None:
+        """Args: as the attributes, and the dictionaries of modules that the slots were read from."""
+        self.slots, self.structure, self.dropout = slots, structure, dropout
+        self.served = tuple(slot.without_gradients() for slot in slots)
+        pairs = (
+            (own, slot.tensors()[name])
+            for slot_, slot in zip(slots, self.served, strict=True)
+            for name, own in slot_.tensors().items()
+        )
+        self._aliased = [own for own, alias in pairs if own is not alias]
+        self._memory = self._pointers()
+        self._sources, self._version = sources, stamp(sources)
+
+    def is_current(self) -> bool:
+        """False once a module holds another tensor than it did, or a tensor other memory."""
+        if stamp(self._sources) != self._version:
+            return False
+        return torch.is_grad_enabled() or self._pointers() == self._memory
+
+    def _pointers(self) -> list[int]:
+        # Before every call without gradients: no Python code for each tensor.
+        return list(map(Tensor.data_ptr, self._aliased))

@@ -1,0 +1,150 @@
+"""What the library knows of transformers. Nothing here imports it unless the model comes from it."""
+
+import contextlib
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any, cast
+
+from torch import nn
+
+from vera_fx.base.hf_tracing import traceable
+
+
+def is_pretrained(model: nn.Module) -> bool:
+    """True for a transformers ``PreTrainedModel``; never imports transformers."""
+    modeling = sys.modules.get("transformers.modeling_utils")
+    return modeling is not None and isinstance(model, modeling.PreTrainedModel)
+
+
+def register_types(model: nn.Module) -> None:
+    """Make the caches that the model's calls take and return known to torch's pytrees."""
+    if is_pretrained(model):
+        from transformers.exporters.exporter_dynamo import register_cache_pytrees_for_model
+
+        register_cache_pytrees_for_model(cast("Any", model))
+
+
+@contextlib.contextmanager
+def export_patches(model: nn.Module) -> Iterator[None]:
+    """Surroundings for an export: stateful attributes put aside, code that traces well."""
+    if not is_pretrained(model):
+        yield
+        return
+    from transformers.exporters.exporter_dynamo import reset_model_state
+
+    with reset_model_state(model), traceable():
+        yield
+
+
+_EXPERTS = {"_is_expert_parallel", "is_transposed", "has_gate"}
+
+
+def tokenwise(model: nn.Module) -> frozenset[str]:
+    """Paths of mixtures of experts: stacked weights that serve every token by itself.
+
+    Their interface (``use_experts_implementation``) takes ``(tokens, width)`` and what the router
+    chose for each token, and returns ``(tokens, width)`` in the same order.
+    """
+    return frozenset(
+        path for path, module in _experts(model) if not vars(module)["_is_expert_parallel"]
+    )
+
+
+def _experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    named = model.named_modules()
+    return ((path, module) for path, module in named if vars(module).keys() >= _EXPERTS)
+
+
+def capture_hint(model: nn.Module, arguments: Iterable[str]) -> str:
+    """What a user can change about a model of transformers that cannot be captured."""
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "_experts_implementation", None) == "eager" and any(_experts(model)):
+        return (
+            "Its experts run in a loop over those that were chosen; call "
+            'model.set_experts_implementation("grouped_mm"), which does not.'
+        )
+    if "labels" in arguments and getattr(config, "problem_type", "") is None:
+        return (
+            "Its loss may be chosen by the values of the labels; set model.config.problem_type, to "
+            '"single_label_classification" for example.'
+        )
+    return ""
+
+
+_CHECKPOINT = "_gradient_checkpointing_func"
+
+
+@contextlib.contextmanager
+def checkpointing_recorded(model: nn.Module) -> Iterator[set[str]]:
+    """Trace layers under gradient checkpointing as plain calls, and note which ones they are.
+
+    Transformers calls such a layer through ``_gradient_checkpointing_func``, which no export can
+    trace; the graph gets its checkpoints back from a pass.
+    """
+    paths = {module: path for path, module in model.named_modules()}
+    found: set[str] = set()
+
+    def plain(function: Any, *args: Any, **_: Any) -> Any:
+        found.update(paths[layer] for layer in _owners(function) if layer in paths)
+        return function(*args)
+
+    replaced = {m: m.__dict__[_CHECKPOINT] for m in paths if _CHECKPOINT in m.__dict__}
+    try:
+        for module in replaced:
+            module.__dict__[_CHECKPOINT] = plain
+        yield found
+    finally:
+        for module, function in replaced.items():
+            module.__dict__[_CHECKPOINT] = function
+
+
+def _owners(function: Any) -> list[Any]:
+    """The module that a checkpointed function runs: bound to it, or its first given argument."""
+    inner = getattr(function, "func", function)
+    return [getattr(inner, "__self__", None), *getattr(function, "args", ())[:1]]
+
+
+def embeddings_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """``(path, module)`` of the input and the output embeddings, for models that tell them."""
+    paths = {id(module): path for path, module in reversed(list(model.named_modules()))}
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        getter = getattr(model, name, None)
+        with contextlib.suppress(NotImplementedError, AttributeError):
+            module = getter() if getter is not None else None
+            if isinstance(module, nn.Module) and id(module) in paths:
+                yield paths[id(module)], module
+
+
+def unset_tied(model: nn.Module) -> None:
+    """Note in the configuration that input and output embeddings are two, so that saving keeps both."""
+    config: Any = getattr(model, "config", None)
+    weights = [getattr(module, "weight", None) for _, module in embeddings_of(model)]
+    is_noted = is_pretrained(model) and getattr(config, "tie_word_embeddings", False)
+    if is_noted and len(weights) > 1 and weights[0] is not weights[1]:
+        config.tie_word_embeddings = False
+
+
+def vocabulary_sizes(model: nn.Module) -> tuple[int | None, int | None]:
+    """Rows of the vocabulary now, and in the checkpoint that the model was loaded from.
+
+    None where there is none or it is not known; the network is never asked.
+    """
+    config: Any = getattr(model, "config", None)
+    name = base_model_name(model)
+    if name is None or not is_pretrained(model):
+        return None, None
+    try:
+        saved = type(config).from_pretrained(name, local_files_only=True)
+    except (OSError, ValueError):
+        return _vocabulary(config), None
+    return _vocabulary(config), _vocabulary(saved)
+
+
+def _vocabulary(config: Any) -> int | None:
+    return getattr(config.get_text_config(), "vocab_size", None)
+
+
+def base_model_name(model: nn.Module) -> str | None:
+    """Where the model was loaded from, as PEFT writes it into ``adapter_config.json``."""
+    name: Any = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return name or None

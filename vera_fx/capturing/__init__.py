@@ -1,0 +1,1 @@
+"""One call becomes a graph: its signature, its export, and what its Python read on the way."""

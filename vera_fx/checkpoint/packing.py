@@ -1,0 +1,166 @@
+"""Reads one saved adapter as plain data that fits a bank: every size and name checked first."""
+
+import dataclasses
+import functools
+import threading
+from collections.abc import Container, Mapping
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from vera_fx.bank.bank import bank_of
+from vera_fx.bank.build import Blueprint, build_adapter, draw
+from vera_fx.bank.packed import Group, Packed
+from vera_fx.bank.projections import Projections
+from vera_fx.checkpoint.peft_config import CONFIG_FILE, read_json
+from vera_fx.checkpoint.state_dict import owned_tensors, plan_of, projections_hash
+from vera_fx.checkpoint.weights_file import (
+    HASH,
+    PROJECTIONS,
+    WEIGHTS_FILE,
+    check_state,
+    read_weights,
+)
+from vera_fx.config import VeraConfig
+from vera_fx.errors import CheckpointError, listing
+from vera_fx.mixing.check import mixer_of
+
+_KINDS = 64
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Form:
+    """What all adapters of one configuration have in common on one model.
+
+    Attributes:
+        layout: their targets.
+        shapes: the sizes of every tensor under its key in files.
+        vectors: for each target's path, the keys of ``lambda_d`` and ``lambda_b``.
+        copies: path of every tensor of the base that is replaced -> its key.
+    """
+
+    layout: Blueprint
+    shapes: Mapping[str, torch.Size]
+    vectors: Mapping[str, tuple[str, str]]
+    copies: Mapping[str, str]
+
+
+class Packer:
+    """Reads adapters for one model's bank. Reads the model and never changes it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self._bank = model, bank_of(model)
+        self._lock = threading.Lock()
+        self._forms: dict[VeraConfig, Form] = {}
+        self._hash = functools.lru_cache(_KINDS)(projections_hash)
+
+    def read(self, folder: Path) -> Packed:
+        """The adapter in ``folder``.
+
+        Raises:
+            CheckpointError: files that are missing, damaged, of other sizes or not finite; other
+                projections, targets or trained copies than those of the bank's own adapters.
+        """
+        config = read_json(folder)
+        form = self._form(config, folder)
+        state, metadata = read_weights(folder)
+        check_state(form.shapes, state, source=str(folder / WEIGHTS_FILE))
+        _check_values(form, state, folder)
+        key = self._projections(form, state, metadata, folder)
+        mixer = mixer_of(self._model)
+        group = mixer.groups[key]
+        _check_places(form, group, mixer.copies, folder)
+        copies = {path: state[name].detach().clone() for path, name in form.copies.items()}
+        row = _row(form, group, state)
+        return Packed(config, group, row, copies, self._bank.projections[key])
+
+    def fits(self, packed: Packed) -> bool:
+        """Whether the bank still holds the projections that the adapter was trained with."""
+        return self._bank.projections._modules.get(packed.projections) is packed.pair
+
+    def _form(self, config: VeraConfig, folder: Path) -> Form:
+        # Before anything of that size is made: the file may come from anyone.
+        if config.r not in {cast("Projections", p).r for p in self._bank.projections.values()}:
+            raise self._other_projections(folder)
+        with self._lock:  # it is worth making once
+            if config not in self._forms:
+                if len(self._forms) >= _KINDS:
+                    self._forms.clear()
+                self._forms[config] = self._new_form(config, folder)
+            return self._forms[config]
+
+    def _new_form(self, config: VeraConfig, folder: Path) -> Form:
+        layout = plan_of(self._model, config, folder, autocast=True)
+        fresh = dataclasses.replace(layout, config=dataclasses.replace(config, init_weights=True))
+        adapter = build_adapter(self._model, fresh, trainable=False)
+        named = dict(owned_tensors(adapter))
+        keys = {id(tensor): key for key, tensor in named.items()}
+        vectors: dict[str, tuple[str, str]] = {}
+        for path in adapter.vectors.by_path:
+            found = adapter.vectors_at(path)
+            if found is not None:
+                vectors[path] = keys[id(found.vera_lambda_d)], keys[id(found.vera_lambda_b)]
+        copies = {
+            path: keys[id(tensor)] for path, tensor in adapter.copied.items() if id(tensor) in keys
+        }
+        return Form(layout, {key: t.shape for key, t in named.items()}, vectors, copies)
+
+    def _projections(
+        self, form: Form, state: Mapping[str, Tensor], metadata: Mapping[str, str], folder: Path
+    ) -> str:
+        """The key of the projections that the adapter was trained with."""
+        for key, known in self._bank.projections.items():
+            if self._same(cast("Projections", known), form, state, metadata):
+                return key
+        raise self._other_projections(folder)
+
+    def _other_projections(self, folder: Path) -> CheckpointError:
+        return CheckpointError(
+            f"the adapter in {folder} was trained with other projections than those of the bank "
+            "(another rank, seed, or set of targets); load one adapter of its kind with "
+            "load_adapter first, which brings its projections"
+        )
+
+    def _same(
+        self,
+        known: Projections,
+        form: Form,
+        state: Mapping[str, Tensor],
+        metadata: Mapping[str, str],
+    ) -> bool:
+        stored = [state[key] for key in PROJECTIONS if key in state]
+        if len(stored) == len(PROJECTIONS):
+            return known.equals(stored[0], stored[1])
+        if HASH in metadata:
+            return metadata[HASH] == self._hash(known)
+        return known.equals(*draw(self._model, form.layout))
+
+
+def _check_values(form: Form, state: Mapping[str, Tensor], folder: Path) -> None:
+    for key in form.shapes:
+        if not state[key].is_floating_point() or not state[key].isfinite().all():
+            raise CheckpointError(
+                f"{folder / WEIGHTS_FILE}: {key} holds values that are no finite numbers"
+            )
+
+
+def _check_places(form: Form, group: Group, copies: Container[str], folder: Path) -> None:
+    targets = [path for path in form.vectors if path not in group.places]
+    others = [path for path in form.copies if path not in copies]
+    if targets or others:
+        raise CheckpointError(
+            f"the adapter in {folder} ({CONFIG_FILE}) has vectors or trained copies for "
+            f"{listing([*targets, *others])}, where no adapter of the bank has any; load one "
+            "adapter of its kind with load_adapter first"
+        )
+
+
+def _row(form: Form, group: Group, state: Mapping[str, Tensor]) -> Tensor:
+    row = torch.zeros(group.width, dtype=group.dtype)
+    for path, (d, b) in form.vectors.items():
+        d_at, b_at = group.places[path]
+        row[d_at:b_at] = state[d]
+        row[b_at : b_at + state[b].numel()] = state[b]
+    return row

@@ -1,0 +1,304 @@
+"""A folder of adapters that serve a model by name, loaded when they are first asked for."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from vera_fx.bank.names import check_name
+from vera_fx.bank.packed import Packed
+from vera_fx.checkpoint.packing import Packer
+from vera_fx.checkpoint.peft_config import CONFIG_FILE
+from vera_fx.checkpoint.weights_file import WEIGHTS_FILE
+from vera_fx.errors import AdapterError, CheckpointError, VeraFxError, first_line, listing, nearest
+from vera_fx.graphs.runtime import require_adapted
+from vera_fx.mixing.check import STORE
+
+
+@dataclass(slots=True)
+class StoreCounts:
+    """What a store has done so far.
+
+    Attributes:
+        loads: adapters read from disk.
+        hits: adapters that were asked for and in memory.
+        evictions: adapters dropped from memory to stay within the capacity.
+        failures: adapters that could not be read.
+    """
+
+    loads: int = 0
+    hits: int = 0
+    evictions: int = 0
+    failures: int = 0
+
+
+@dataclass(slots=True)
+class _Reading:
+    """An adapter that some thread reads and others wait for; over once it is read or deleted."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    over: bool = False
+
+
+class AdapterStore:
+    """Serves ``adapter_names`` from a folder with one saved adapter per sub-folder.
+
+    ``model(..., adapter_names=[...])`` and ``generate`` find every name that is no adapter of the
+    bank here. An adapter is read from disk (memory-mapped safetensors) when it is first named and
+    stays in memory until `capacity` others have been used since. It is plain data: neither loading
+    nor dropping it changes the model, the bank or a graph, so nothing is captured or compiled again.
+
+    The bank's own adapters say what a stored one may be: its projections, targets and trained
+    copies must be among theirs. One adapter of each kind, loaded by `vera_fx.load_adapter`, is enough.
+
+    Every method may be called from any thread while the model serves. One lock guards the table of
+    what is in memory and is never held while a file is read; a running batch keeps the tensors that
+    it took, whatever happens to the store. Functions that change the bank itself (`add_adapter`,
+    `set_adapter`, `merge`...) are not covered and must not run beside a call of the model.
+    """
+
+    def __init__(
+        self, model: nn.Module, folder: str | os.PathLike[str], *, capacity: int = 1024
+    ) -> None:
+        """Attach a store to an adapted model, in place of the one it had.
+
+        Args:
+            model: an adapted model.
+            folder: the folder; made if it does not exist.
+            capacity: how many adapters to keep in memory; batches that run may pin others beside.
+
+        Raises:
+            AdapterError: the model is not adapted, or the capacity is no positive number.
+        """
+        self._bank = require_adapted(model)
+        if not isinstance(capacity, int) or isinstance(capacity, bool) or capacity < 1:
+            raise AdapterError(f"capacity must be a positive whole number, got {capacity!r}")
+        self.folder, self.capacity = Path(folder), capacity
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.counts = StoreCounts()
+        self._packer = Packer(model)
+        self._lock = threading.Lock()
+        self._loaded: OrderedDict[str, Packed] = OrderedDict()
+        self._readings: dict[str, _Reading] = {}
+        self._pins: Counter[str] = Counter()
+        self._bank.__dict__[STORE] = self
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> None:
+        # A store belongs to one model object; a copy of the model needs its own.
+        return None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+    def __contains__(self, name: object) -> bool:
+        """True if there is an adapter of that name, in memory or on disk."""
+        if not isinstance(name, str):
+            return False
+        if name in self._loaded:
+            return True
+        try:
+            return (self._path(name) / CONFIG_FILE).is_file()
+        except AdapterError:
+            return False
+
+    def names(self) -> list[str]:
+        """The names of all adapters in the folder, sorted."""
+        with os.scandir(self.folder) as entries:
+            return sorted(e.name for e in entries if not e.name.startswith(".") and e.is_dir())
+
+    def loaded(self) -> list[str]:
+        """The names of those in memory, the one that will be dropped first in front."""
+        with self._lock:
+            return list(self._loaded)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the tensors of all adapters in memory."""
+        with self._lock:
+            return sum(packed.bytes for packed in self._loaded.values())
+
+    def load(self, name: str) -> None:
+        """Read an adapter into memory ahead of its first use.
+
+        Raises:
+            AdapterError: there is no such adapter, or it was deleted in the meantime.
+            CheckpointError: its files are damaged or do not fit the bank. Others are not affected.
+        """
+        self.take([name])
+
+    def drop(self, name: str) -> None:
+        """Forget an adapter in memory, so that its next use reads the files again."""
+        with self._lock:
+            self._loaded.pop(name, None)
+
+    def take(self, names: Sequence[str]) -> Mapping[str, Packed]:
+        """The adapters of those names, loaded where they are not in memory.
+
+        Raises:
+            AdapterError: more names than the capacity, or an unknown one.
+            CheckpointError: files that are damaged or do not fit the bank.
+        """
+        with self.pinned(names):
+            return {name: self._get(name) for name in names}
+
+    @contextlib.contextmanager
+    def pinned(self, names: Iterable[str]) -> Iterator[None]:
+        """Inside the block none of the names is dropped from memory to make room for others.
+
+        Raises:
+            AdapterError: there are more names than the capacity.
+        """
+        names = set(names)
+        if len(names) > self.capacity:
+            raise AdapterError(
+                f"a batch asked for {len(names)} different adapters of a store that keeps "
+                f"{self.capacity} in memory; split the batch or give the store a larger capacity"
+            )
+        with self._lock:
+            self._pins.update(names)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._pins -= Counter(names)
+                self._make_room()
+
+    def add(self, name: str, source: str | os.PathLike[str]) -> None:
+        """Take a copy of a saved adapter into the folder, after it has been read and checked.
+
+        Raises:
+            AdapterError: the name is taken or cannot be used.
+            CheckpointError: the files are missing, damaged or do not fit, or cannot be written.
+                The folder is what it was before.
+        """
+        self._check_free(name)
+        try:
+            aside = Path(tempfile.mkdtemp(prefix=".adding-", dir=self.folder))
+        except OSError as error:
+            raise CheckpointError(f"{self.folder} cannot be written to: {error}") from error
+        try:
+            for file in (CONFIG_FILE, WEIGHTS_FILE):
+                _copied(Path(source) / file, aside / file)
+            self._read(name, aside)
+            with self._lock:
+                self._check_free(name)
+                aside.rename(self.folder / name)
+        except OSError as error:
+            raise CheckpointError(f"adapter {name!r} could not be added: {error}") from error
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+    def delete(self, name: str) -> None:
+        """Delete an adapter from memory and disk. Batches that run with it end well.
+
+        Raises:
+            AdapterError: there is no such adapter, or its files cannot be deleted.
+        """
+        path = self._path(name)
+        aside = self.folder / f".deleted-{os.getpid()}-{id(object())}-{name}"
+        with self._lock:
+            if not path.is_dir():
+                raise self._unknown(name)
+            try:
+                path.rename(aside)
+            except OSError as error:
+                raise AdapterError(f"adapter {name!r} cannot be deleted: {error}") from error
+            self._loaded.pop(name, None)
+            if name in self._readings:
+                self._readings.pop(name).over = True
+        shutil.rmtree(aside, ignore_errors=True)
+
+    def _check_free(self, name: str) -> None:
+        taken = name in self._bank.adapters or (isinstance(name, str) and name in self)
+        check_name(name, [name] if taken else [])
+
+    def _path(self, name: str) -> Path:
+        check_name(name, ())
+        return self.folder / name
+
+    def _unknown(self, name: str) -> AdapterError:
+        known = self.names()
+        return AdapterError(
+            f"there is no adapter called {name!r} in {self.folder}, or it was deleted"
+            f"{nearest(name, known) or f'; known: {listing(known)}'}"
+        )
+
+    def _get(self, name: str) -> Packed:
+        while True:
+            found, reading = self._look(name)
+            if found is not None:
+                return found
+            with reading.lock:  # one thread reads, the others wait for it
+                if not reading.over:
+                    packed = self._read_or_forget(name, reading)
+                    if packed is not None:
+                        return packed
+
+    def _look(self, name: str) -> tuple[Packed | None, _Reading]:
+        with self._lock:
+            found = self._loaded.get(name)
+            if found is not None and self._packer.fits(found):
+                self._loaded.move_to_end(name)
+                self.counts.hits += 1
+                return found, _Reading()
+            self._loaded.pop(name, None)
+            return None, self._readings.setdefault(name, _Reading())
+
+    def _read_or_forget(self, name: str, reading: _Reading) -> Packed | None:
+        """The adapter, kept; None if it was deleted while it was read, which may look like damage."""
+        error = None
+        try:
+            packed = self._read(name, self._path(name))
+        except VeraFxError as found:
+            packed, error = None, found
+        with self._lock:
+            if reading.over:
+                return None
+            self._readings.pop(name).over = True
+            if packed is not None:
+                self._loaded[name] = packed
+                self._make_room()
+            self.counts.failures += isinstance(error, CheckpointError)
+        if error is not None:
+            raise error
+        return packed
+
+    def _read(self, name: str, path: Path) -> Packed:
+        if not path.is_dir():
+            raise self._unknown(name)
+        try:
+            packed = self._packer.read(path)
+        except VeraFxError:
+            raise
+        except Exception as error:
+            raise CheckpointError(
+                f"adapter {name!r} in {path} cannot be read: {first_line(error)}"
+            ) from error
+        with self._lock:
+            self.counts.loads += 1
+        return packed
+
+    def _make_room(self) -> None:
+        """Drop the adapters that were not used for longest; those of running batches stay."""
+        excess = len(self._loaded) - self.capacity
+        if excess > 0:
+            free = (name for name in self._loaded if not self._pins.get(name))
+            for name in [name for name, _ in zip(free, range(excess), strict=False)]:
+                del self._loaded[name]
+                self.counts.evictions += 1
+
+
+def _copied(source: Path, target: Path) -> None:
+    if not source.is_file():
+        raise CheckpointError(f"there is no {source.name} in {source.parent}")
+    shutil.copyfile(source, target)
+    with target.open("rb+") as file:
+        os.fsync(file.fileno())

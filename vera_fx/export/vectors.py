@@ -1,0 +1,144 @@
+"""An adapter's tensors as programs take them, and what a program says about those it takes."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from vera_fx.bank.adapter import Adapter
+from vera_fx.bank.bank import bank_of
+from vera_fx.bank.build import attribute_of
+from vera_fx.bank.names import check_known, one_adapter
+from vera_fx.base.targets import weight_of
+from vera_fx.checkpoint.state_dict import owned_tensors, projections_hash
+from vera_fx.errors import ExportError
+from vera_fx.export.files import constant_name, fit_vectors, manifest_of
+from vera_fx.export.projections import describe
+from vera_fx.graphs.runtime import require_adapted
+from vera_fx.mixing.check import BASE
+
+
+def program_vectors(
+    model: nn.Module, name: str | Sequence[str] | None = None, program: Any = None
+) -> dict[str, Tensor]:
+    """An adapter's tensors as a program takes them, detached but not copied.
+
+    For form ``"input"`` the keys are those of a PEFT checkpoint without its projections: the
+    tensors of an ``adapter_model.safetensors`` can be given to the program as they are read. For
+    form ``"constant"`` they are names in the program's ``state_dict``, for ``load_constants``. For
+    form ``"rows"`` the tensors of several adapters are stacked under the checkpoint's keys.
+
+    Args:
+        model: an adapted model.
+        name: the adapter, None for the active one; or a list of adapters to stack, in which
+            ``"__base__"`` stands for the plain base.
+        program: the program to make them for and to check them against: from `export_program`,
+            `load_program`, or an AOTInductor package; None for one of form ``"input"``, or of form
+            ``"rows"`` if ``name`` is a list, unchecked.
+
+    Raises:
+        AdapterError: the model is not adapted, there is no such adapter, or several are active.
+        ExportError: an adapter's targets, rank or projections are not those of ``program``; or a list
+            was given for a program of another form than ``"rows"``.
+    """
+    bank = require_adapted(model)
+    manifest = None if program is None else manifest_of(program)
+    if name is None or isinstance(name, str):
+        name = one_adapter(bank.adapters, bank.active, name)
+        if manifest is None or manifest.get("form") != "rows":
+            return _fitting(model, name, manifest)
+        name = [name]
+    return _stacked(model, list(name), manifest)
+
+
+def _fitting(model: nn.Module, name: str, manifest: dict[str, Any] | None) -> dict[str, Tensor]:
+    adapter = bank_of(model).adapter(name)
+    vectors = {key: tensor.detach() for key, tensor in owned_tensors(adapter)}
+    if manifest is None:
+        return vectors
+    return fit_vectors(manifest, projections_of(model, adapter), vectors, name)
+
+
+def _stacked(
+    model: nn.Module, names: list[str], manifest: dict[str, Any] | None
+) -> dict[str, Tensor]:
+    """``(len(names), *shape)`` under every key; entry ``i`` is that of the adapter ``names[i]``."""
+    bank = bank_of(model)
+    if manifest is not None and manifest.get("form") != "rows":
+        raise ExportError(
+            f"a list of adapters was given for a program of form {manifest.get('form', 'unknown')!r}: "
+            'only form="rows" takes several; give one name'
+        )
+    adapters = [name for name in names if name != BASE]
+    for name in adapters:
+        check_known(name, bank.adapters)
+    if not adapters:
+        raise ExportError(f"no adapter was given to stack, only {names}")
+    found = {name: _fitting(model, name, manifest) for name in dict.fromkeys(adapters)}
+    if manifest is None:
+        _check_alike(found)
+    if BASE in names:
+        found[BASE] = _of_the_base(model, bank.adapter(adapters[0]))
+    return {key: torch.stack([found[name][key] for name in names]) for key in found[adapters[0]]}
+
+
+def _check_alike(found: dict[str, dict[str, Tensor]]) -> None:
+    first, *others = found
+    shapes = {key: value.shape for key, value in found[first].items()}
+    for name in others:
+        if {key: value.shape for key, value in found[name].items()} != shapes:
+            raise ExportError(
+                f"adapters {first!r} and {name!r} cannot be stacked: they have other targets, another "
+                "rank or other trained copies"
+            )
+
+
+def _of_the_base(model: nn.Module, like: Adapter) -> dict[str, Tensor]:
+    """What stands for no adapter: vectors that add nothing, and the base's own tensors."""
+    keys = {id(tensor): key for key, tensor in owned_tensors(like)}
+    values: dict[str, Tensor] = {}
+    for _, path, name, tensor in bank_of(model).slot_tensors(like):
+        if id(tensor) in keys:
+            is_vector = name in {"lambda_d", "lambda_b"}
+            base = tensor if is_vector else attribute_of(model.get_submodule(path), name)
+            values[keys[id(tensor)]] = torch.zeros_like(base) if is_vector else base.detach()
+    return values
+
+
+def describe_program(
+    model: nn.Module, name: str, form: str, program: ExportedProgram
+) -> dict[str, Any]:
+    """What a program was made from, as far as a reader may want to check or change it."""
+    bank = bank_of(model)
+    adapter = bank.adapter(name)
+    vectors: dict[str, Any] = {}
+    for key, tensor in owned_tensors(adapter):
+        constant = constant_name(key)
+        known = constant if constant in program.state_dict else None
+        known = key if form in {"input", "rows"} else known
+        vectors[key] = {"shape": list(tensor.shape), "name": known}
+    return {
+        "form": form,
+        "adapter": name,
+        "targets": [asdict(bank.targets[path]) for path in adapter.vectors.by_path],
+        "vectors": vectors,
+        "projections": describe(program, projections_of(model, adapter)),
+    }
+
+
+def projections_of(model: nn.Module, adapter: Adapter) -> dict[str, Any]:
+    """What an adapter's projections are, as manifests say it."""
+    pair = bank_of(model).projections_of(adapter)
+    dtypes = [weight_of(model, path).dtype for path in adapter.vectors.by_path]
+    return {
+        "sha256": projections_hash(pair),
+        "seed": adapter.config.projection_prng_key,
+        "r": pair.r,
+        "max_in": pair.vera_A.shape[1],
+        "max_out": pair.vera_B.shape[0],
+        # What `build.draw` casts them to, which rounds on half-precision bases.
+        "through": [str(dtype).removeprefix("torch.") for dtype in dict.fromkeys(dtypes)],
+    }

@@ -1,0 +1,1 @@
+"""Which adapted graph a call runs: what is kept, variants, plans, timing."""

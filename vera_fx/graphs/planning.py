@@ -1,0 +1,136 @@
+"""Chooses plans for one captured graph and the sizes at hand, and remembers what it chose."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vera_fx.bank.adapter import Adapter
+from vera_fx.bank.bank import AdapterBank, bank_of
+from vera_fx.base.targets import weight_of
+from vera_fx.graphs.machine import multiplies_well
+from vera_fx.graphs.timing import timed_costs
+from vera_fx.passes import (
+    Assignment,
+    Choice,
+    Costs,
+    SiteGroup,
+    Workload,
+    choose_plans,
+    site_groups,
+)
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(slots=True)
+class Planner:
+    """Plans for one captured graph under one structure of the bank.
+
+    Attributes:
+        groups: the graph's sites by the input they read.
+        timed: costs by timing, for those who ask for it.
+        chosen: the choice for each workload and number of tokens.
+    """
+
+    groups: tuple[SiteGroup, ...]
+    timed: Costs
+    chosen: dict[Any, Choice] = field(default_factory=dict[Any, Choice])
+
+    def choose(
+        self, sizes: Mapping[Any, int], work: Workload, known: Sequence[Assignment]
+    ) -> Choice:
+        """The plans for these sizes; the same tokens always get the same plans."""
+        tokens = tuple(_count(group.leading, sizes) for group in self.groups)
+        key = (tokens, work)
+        if key not in self.chosen:
+            costs = self.timed if work.request == "timed" else None
+            self.chosen[key] = choose_plans(self.groups, tokens, work, known, costs)
+        return self.chosen[key]
+
+
+def planner(model: nn.Module, graph: torch.fx.GraphModule) -> Planner:
+    """A planner for a captured graph of the model."""
+    bank = bank_of(model)
+    weight = weight_of(model, next(iter(bank.targets)))
+    return Planner(site_groups(graph, list(bank.targets.values())), timed_costs(weight))
+
+
+def open_sizes(values: Sequence[Tensor], leaves: Sequence[Tensor]) -> dict[Any, int]:
+    """The value of every open size, read off the inputs.
+
+    Args:
+        values: fake inputs of a graph, whose sizes may be symbols.
+        leaves: real inputs.
+    """
+    sizes: dict[Any, int] = {}
+    for value, leaf in zip(values, leaves, strict=True):
+        for size, real in zip(value.shape, leaf.shape, strict=True):
+            if isinstance(size, torch.SymInt):
+                sizes[size.node.expr] = real
+    return sizes
+
+
+def _count(leading: Sequence[int | torch.SymInt], sizes: Mapping[Any, int]) -> int:
+    """Rows of an input; sizes that depend on tensor values count as in the example."""
+    return math.prod(_size(dim, sizes) for dim in leading)
+
+
+def _size(dim: int | torch.SymInt, sizes: Mapping[Any, int]) -> int:
+    if not isinstance(dim, torch.SymInt):
+        return dim
+    value = sizes.get(dim.node.expr)
+    if value is None:
+        found = dim.node.expr.subs(sizes)
+        value = int(found) if found.is_number else int(dim.node.hint or 1)
+    return value
+
+
+def workload(model: nn.Module, training: Mapping[str, bool], *, trains: bool) -> Workload:
+    """What the chooser must know of the computing adapters and of the call.
+
+    Args:
+        model: the adapted model.
+        training: for each module path, whether it is in train mode.
+        trains: gradients will be taken.
+    """
+    bank = bank_of(model)
+    adapters = [bank.adapter(name) for name in bank.computing()]
+    requests = {adapter.config.plan for adapter in adapters}
+    weight = weight_of(model, next(iter(bank.targets)))
+    return Workload(
+        ranks=tuple(adapter.config.r for adapter in adapters),
+        trains=trains and any(adapter.trainable for adapter in adapters),
+        slow_half=weight.dtype in _HALF and not multiplies_well(weight),
+        narrow=weight.dtype == torch.float16,
+        itemsize=weight.element_size(),
+        restricted=_restriction(adapters, any(training.get(path) for path in bank.targets)),
+        request=requests.pop() if len(requests) == 1 else "auto",
+    )
+
+
+def mixed_assignment(model: nn.Module, bank: AdapterBank) -> Assignment:
+    """The plans of a batch that mixes adapters: factored, since no weight can serve all rows."""
+    weights = (weight_of(model, path) for path in bank.targets)
+    slow = any(w.dtype in _HALF and not multiplies_well(w) for w in weights)
+    return Assignment(exact=slow or bank.exact)
+
+
+def mixed_choice(model: nn.Module, graph: torch.fx.GraphModule, bank: AdapterBank) -> Choice:
+    """`mixed_assignment` with the reason for every site of a captured graph."""
+    groups = site_groups(graph, list(bank.targets.values()))
+    sites = [name for group in groups for name, _ in group.sites]
+    return Choice(
+        mixed_assignment(model, bank), dict.fromkeys(sites, "rows have adapters of their own")
+    )
+
+
+def _restriction(adapters: Sequence[Adapter], train_mode: bool) -> str:
+    if train_mode and any(adapter.config.vera_dropout for adapter in adapters):
+        return "dropout on the branch's input, which only the factored plan can do"
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        return "autocast, under which only the factored plan rounds as PEFT does"
+    return ""

@@ -1,0 +1,1 @@
+"""Batches whose rows have adapters of their own."""

@@ -1,0 +1,86 @@
+"""Batches that mix adapters: the names of a call, checked and made ready for a graph."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from torch import nn
+
+from vera_fx.bank.bank import AdapterBank, bank_of
+from vera_fx.bank.names import BASE
+from vera_fx.bank.packed import Packed
+from vera_fx.base.hf import tokenwise
+from vera_fx.errors import AdapterError, listing, nearest
+from vera_fx.mixing.mixer import Mix, Mixer
+
+STORE = "store"
+"""Where a bank keeps the `vera_fx.checkpoint.store.AdapterStore` that serves further names."""
+
+
+def mix_of(model: nn.Module, names: Any) -> Mix:
+    """The mixture that ``adapter_names`` asks for.
+
+    Raises:
+        AdapterError: as `check_mixture`.
+    """
+    check_mixture(model, names)
+    bank = bank_of(model)
+    if not bank.enabled:
+        names = [BASE] * len(names)
+    return mixer_of(model).mix(names, stored_of(bank, names))
+
+
+def mixer_of(model: nn.Module) -> Mixer:
+    """The mixer for the adapters that the bank has now."""
+    bank = bank_of(model)
+    mixer = bank.__dict__.get("mixer")
+    if mixer is None or not mixer.is_current():
+        bank.follow()
+        mixer = bank.__dict__["mixer"] = Mixer(bank, tokenwise(model))
+    return mixer
+
+
+def stored_of(bank: AdapterBank, names: Sequence[str]) -> Mapping[str, Packed]:
+    """Those of the names that only a store knows, loaded."""
+    store = bank.__dict__.get(STORE)
+    away = [n for n in dict.fromkeys(names) if n != BASE and n not in bank.adapters]
+    return store.take(away) if store is not None and away else {}
+
+
+def check_mixture(model: nn.Module, names: Any) -> None:
+    """Refuse names that no mixture can be made of.
+
+    Raises:
+        AdapterError: the names are no sequence of known names, the model is in train mode, or
+            adapters are merged.
+    """
+    bank = bank_of(model)
+    _check_state(model, bank)
+    _check_names(bank, names)
+
+
+def _check_state(model: nn.Module, bank: AdapterBank) -> None:
+    if model.training:
+        raise AdapterError(
+            "adapter_names mixes adapters for inference, and this model is in train mode; call "
+            "model.eval(), or train one adapter at a time with set_adapter"
+        )
+    if bank.merged:
+        raise AdapterError(
+            f"adapter_names cannot be used while {listing(bank.merged)} is merged into the base; "
+            "unmerge the model first"
+        )
+
+
+def _check_names(bank: AdapterBank, names: Any) -> None:
+    if isinstance(names, str) or not isinstance(names, Sequence) or not names:
+        raise AdapterError(
+            f"adapter_names must be a list with one adapter's name per row, got {names!r}"
+        )
+    store = bank.__dict__.get(STORE)
+    for row, name in enumerate(cast("Sequence[Any]", names)):
+        if name != BASE and name not in bank.adapters and (store is None or name not in store):
+            known = [*bank.adapters, *(store.names() if store is not None else ()), BASE]
+            raise AdapterError(
+                f"adapter_names[{row}] is {name!r}, which is no adapter"
+                f"{nearest(str(name), known) or f'; known: {listing(known)}'}"
+            )

@@ -1,0 +1,223 @@
+"""Gathers what differs from row to row of a batch, for one state of a bank.
+
+The graph multiplies the whole batch by A and B once; the rest is one tensor of vectors per pair of
+projections, gathered before the call and handed to the graph as an input. So neither which adapters
+are in a batch nor how many there are is part of any graph.
+"""
+
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vera_fx._torch import stamp
+from vera_fx.bank.adapter import Adapter
+from vera_fx.bank.bank import AdapterBank
+from vera_fx.bank.names import BASE
+from vera_fx.bank.packed import Group, Packed
+from vera_fx.bank.slots import Slot
+from vera_fx.base.targets import BANK
+from vera_fx.errors import TargetError
+from vera_fx.passes import AdaptationPlan, Branch, RowSource, RowVectors, resolve
+
+HOLDER = "rows"
+"""Where a bank keeps what the graphs of mixtures read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """One mixture, ready to be handed to a graph.
+
+    Attributes:
+        mixer: what made it.
+        names: one per row.
+        adapters: those that are named.
+        tensors: the graph's further inputs, each with one entry per row.
+    """
+
+    mixer: "Mixer"
+    names: Sequence[str]
+    adapters: Mapping[str, Adapter | Packed]
+    tensors: list[Tensor]
+
+    @property
+    def dropout(self) -> bool:
+        """True if some adapter in it drops elements of its input in train mode."""
+        return any(adapter.config.vera_dropout for adapter in self.adapters.values())
+
+    def check(self, refused: Mapping[str, str]) -> None:
+        """Refuse the mixture if it needs what cannot differ from row to row in a graph.
+
+        Args:
+            refused: paths of targets and of tensors, and the reasons.
+
+        Raises:
+            TargetError: an adapter in it has vectors or a copy there.
+        """
+        for row, name in enumerate(self.names):
+            adapter = self.adapters.get(name)
+            own = (path for path in refused if adapter is not None and adapter.has(path))
+            for path in own:
+                raise TargetError(
+                    f"adapter_names[{row}] is {name!r}, whose {path!r} cannot differ from row to row: "
+                    f"{refused[path]}; call the model for this adapter alone"
+                )
+
+
+class Mixer:
+    """Prepares the mixtures of one bank. Made anew whenever adapters come or go.
+
+    Attributes:
+        groups: for each pair of projections, what its adapters have or had.
+        copies: path of every tensor that some adapter has or had a copy of -> its place in the
+            bank, ``(module path, tensor name)``.
+        structure: a number for what of all this shapes graphs: the same for every mixture.
+    """
+
+    def __init__(self, bank: AdapterBank, tokenwise: frozenset[str] = frozenset()) -> None:
+        """Args: the bank; and paths of mixtures of experts (`RowVectors.tokenwise`)."""
+        self._bank, self._tokenwise = bank, tokenwise
+        self.groups = dict(bank.groups)
+        self.copies: dict[str, tuple[str, str]] = {}
+        for path, name in bank.base_paths:
+            self.copies.setdefault(f"{path}.{name}", (path, name))
+        self._fill_holder()
+        layouts = tuple(map(self._layout, self.groups.values()))
+        self._read = [bank.pair(key)._buffers for key in self.groups]
+        self._version = stamp(self._read)
+        bases = ((path, base.shape, base.dtype) for path, base in self.bases())
+        self.structure = bank.number(("rows", bank.exact, layouts, *bases))
+
+    def is_current(self) -> bool:
+        """False once projections hold other tensors than they did; all else is read anew."""
+        return stamp(self._read) == self._version
+
+    def bases(self) -> Iterator[tuple[str, Tensor]]:
+        """Path and tensor of the base for everything that adapters have copies of."""
+        for full, (path, name) in self.copies.items():
+            yield full, resolve(self._bank.homes[path], name)
+
+    def mix(self, names: Sequence[str], stored: Mapping[str, Packed]) -> Mix:
+        """Gather the rows of ``names``; ``stored`` are those that no module of the bank holds."""
+        adapters: dict[str, Adapter | Packed] = {
+            name: stored.get(name) or self._bank.adapter(name)
+            for name in dict.fromkeys(names)
+            if name != BASE
+        }
+        tensors = [self._gather(group, names, adapters) for group in self.groups.values()]
+        copied = {name: adapter.copied for name, adapter in adapters.items()}
+        for path, base in self.bases():
+            own = {
+                name: found[path].to(base.device) for name, found in copied.items() if path in found
+            }
+            tensors.append(torch.stack([own.get(name, base) for name in names]).detach())
+        return Mix(self, names, adapters, tensors)
+
+    def _layout(self, group: Group) -> tuple[object, ...]:
+        """What of a group shapes graphs."""
+        A, B = self._bank.padded(group.key)
+        return (group.key, group.rank, group.dtype, *group.places.items(), A.shape, B.shape)
+
+    def _gather(
+        self, group: Group, names: Sequence[str], adapters: Mapping[str, Adapter | Packed]
+    ) -> Tensor:
+        like = self._bank.padded(group.key)[0]
+        nothing = like.new_zeros(1, dtype=group.dtype).expand(group.width)
+        own = {
+            name: _row(group, adapter).to(like.device, group.dtype)
+            for name, adapter in adapters.items()
+            if adapter.projections == group.key
+        }
+        return torch.stack([own.get(name, nothing) for name in names])
+
+    def _fill_holder(self) -> None:
+        """Put what graphs read, and stand-ins for what becomes an input, where passes find it."""
+        values: dict[str, Tensor] = {}
+        for key, group in self.groups.items():
+            A, B = self._bank.padded(key)
+            zero = A.new_zeros((), dtype=group.dtype)
+            values |= {f"vera_A_{key}": A, f"vera_B_{key}": B}
+            for number, (_, d, b, end) in enumerate(group.columns()):
+                values[f"d_{key}_{number}"] = zero.expand(b - d)
+                values[f"b_{key}_{number}"] = zero.expand(end - b)
+        values.update((f"copy_{number}", base) for number, (_, base) in enumerate(self.bases()))
+        self._bank.__dict__.setdefault(HOLDER, Slot()).tensors().update(values)
+
+    def plan(self, batched: frozenset[int], refused: Container[str] = ()) -> AdaptationPlan:
+        """What the adapting passes need to know.
+
+        Args:
+            batched: numbers of the graph's inputs that hold one row per index.
+            refused: paths of the targets and tensors that the graph is to do without.
+        """
+        bank, groups = self._bank, self.groups.values()
+        branches = tuple(
+            tuple(_branch(group, path) for group in groups if path in group.places)
+            if path not in refused
+            else ()
+            for path in bank.targets
+        )
+        redirects = tuple(
+            bank.redirect(place, _held(f"copy_{number}"))
+            for number, (full, place) in enumerate(self.copies.items())
+            if full not in refused
+        )
+        sources = tuple(source for path, source in self._sources() if path not in refused)
+        rows = RowVectors(sources, batched, tuple(self._tables()), self._tokenwise)
+        return AdaptationPlan(tuple(bank.targets.values()), branches, redirects, rows)
+
+    def refused(self, lost: Mapping[str, str]) -> dict[str, str]:
+        """What cannot differ from row to row: the reasons by path of a target or a tensor.
+
+        Args:
+            lost: the reasons by the path under which graphs read it (`RowError`).
+        """
+        return {path: lost[source.path] for path, source in self._sources() if source.path in lost}
+
+    def _sources(self) -> Iterator[tuple[str, RowSource]]:
+        """Everything that differs from row to row, with the path of the target or the tensor."""
+        for group in self.groups.values():
+            for number, (path, d, b, end) in enumerate(group.columns()):
+                for name, start, stop in (("d", d, b), ("b", b, end)):
+                    read = _held(f"{name}_{group.key}_{number}")
+                    yield path, RowSource(read, group.table, start, (stop - start,))
+        for number, (path, base) in enumerate(self.bases()):
+            read = _held(f"copy_{number}")
+            yield path, RowSource(read, f"copies_{number}", 0, tuple(base.shape))
+
+    def _tables(self) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
+        """The graph's further inputs, as `mix` gathers them: name, sizes of a row, dtype."""
+        for group in self.groups.values():
+            yield group.table, (group.width,), group.dtype
+        for number, (_, base) in enumerate(self.bases()):
+            yield f"copies_{number}", tuple(base.shape), base.dtype
+
+
+def _row(group: Group, adapter: Adapter | Packed) -> Tensor:
+    """An adapter's vectors as one row ``(width,)``; zeros, which add nothing, where it has none."""
+    if isinstance(adapter, Packed):
+        return adapter.row_for(group)
+    parts, like = list[Tensor](), next(adapter.vectors.parameters())
+    for path, d, _, end in group.columns():
+        vectors = adapter.vectors_at(path)
+        if vectors is None:
+            parts.append(like.new_zeros(end - d))
+        else:
+            parts += [vectors.vera_lambda_d.detach(), vectors.vera_lambda_b.detach()]
+    return torch.cat(parts)
+
+
+def _branch(group: Group, path: str) -> Branch:
+    number = list(group.places).index(path)
+    key = group.key
+    return Branch(
+        vera_A=_held(f"vera_A_{key}"),
+        vera_B=_held(f"vera_B_{key}"),
+        lambda_d=_held(f"d_{key}_{number}"),
+        lambda_b=_held(f"b_{key}_{number}"),
+    )
+
+
+def _held(attribute: str) -> str:
+    return f"{BANK}.{HOLDER}.{attribute}"

@@ -1,0 +1,1 @@
+"""What a user does to a model: adapt, switch, merge, generate, unload."""

@@ -1,0 +1,188 @@
+"""The way in and out: adapt a model, look at what it holds, give it back."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from vera_fx.bank.adapter import Adapter
+from vera_fx.bank.bank import AdapterBank, bank_of
+from vera_fx.bank.build import Blueprint, blueprint, build_adapter, draw, install, unhook
+from vera_fx.bank.names import check_name
+from vera_fx.base.hf import register_types
+from vera_fx.base.targets import BANK, base_modules, resolve_targets
+from vera_fx.config import VeraConfig
+from vera_fx.errors import AdapterError, ConfigError
+from vera_fx.graphs.runtime import prepare, require_adapted
+from vera_fx.model import merging
+from vera_fx.model.model_class import extend, is_adapted, restore_class
+from vera_fx.model.parts import restore_parts
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def adapt(
+    model: M,
+    config: VeraConfig,
+    *,
+    adapter_name: str = "default",
+    example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+    autocast_adapter_dtype: bool = True,
+) -> M:
+    """Adapt ``model`` in place with one trainable VeRA adapter (arXiv 2310.11454).
+
+    The base is frozen, an adapter bank is attached as ``model.vera``, and the model's class is
+    extended so that its calls run adapted graphs. No module is replaced. Wrap the result in
+    ``torch.compile`` as you would the model itself.
+
+    Args:
+        model: any ``nn.Module``, a Hugging Face model or not.
+        config: what to adapt and how.
+        adapter_name: name of the first adapter.
+        example_inputs: arguments of one call (a mapping of keywords, or a sequence) to capture
+            right away; otherwise each signature is captured at its first call.
+        autocast_adapter_dtype: keep the vectors of half-precision models in float32, as PEFT does.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ConfigError: ``config`` is no `VeraConfig`.
+        TargetError: the targets do not fit the model.
+        AdapterError: the model is adapted already, or the name cannot be used.
+        CaptureError: ``example_inputs`` are no call that could be captured.
+        After any of them the model is what it was before.
+    """
+    check_adaptable(model, config)
+    check_name(adapter_name, taken=())
+    plan = blueprint(model, config, resolve_targets(model, config), autocast=autocast_adapter_dtype)
+    adapt_with(model, adapter_name, build_adapter(model, plan), draw(model, plan), plan)
+    if example_inputs is not None:
+        try:
+            _capture_example(model, example_inputs)
+        except BaseException:
+            _detach(model)
+            raise
+    return model
+
+
+def adapt_with(
+    model: nn.Module,
+    name: str,
+    adapter: Adapter,
+    projections: tuple[Tensor, Tensor],
+    plan: Blueprint,
+) -> None:
+    """Put a finished adapter on an unadapted model: the one step that changes the model."""
+    bank = AdapterBank()
+    bank.thawed = tuple(path for path, p in model.named_parameters() if p.requires_grad)
+    adapter.projections = bank.share_projections(
+        *projections, persistent=plan.config.save_projection
+    )
+    install(model, bank, name, adapter, plan.targets)
+    model.requires_grad_(requires_grad=False)
+    model.add_module(BANK, bank)
+    bank.train(model.training)
+    bank.activate([name])
+    register_types(model)
+    extend(model)
+
+
+def check_adaptable(model: nn.Module, config: VeraConfig) -> None:
+    """Refuse what cannot be adapted, before anything is built.
+
+    Raises:
+        ConfigError: wrong kinds of arguments.
+        AdapterError: the model is adapted already or cannot hold a bank.
+    """
+    if not isinstance(config, VeraConfig):
+        raise ConfigError(f"config must be a vera_fx.VeraConfig, got a {type(config).__name__}")
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model must be a torch.nn.Module, got a {type(model).__name__}")
+    if hasattr(model, "_orig_mod"):
+        raise AdapterError(
+            "this is the wrapper that torch.compile made; adapt the model that was given to "
+            "torch.compile, before or after, and call the wrapper as always"
+        )
+    if is_adapted(model):
+        raise AdapterError(
+            f"this {type(model).__name__} is adapted already (adapters: "
+            f"{', '.join(bank_of(model).adapters)}); use add_adapter for another adapter, or unload first"
+        )
+    inner = [path for path, module in base_modules(model).items() if is_adapted(module)]
+    if inner:
+        raise AdapterError(
+            f"the module {inner[0]!r} inside this model is adapted already; unload it first"
+        )
+    if hasattr(model, BANK):
+        raise AdapterError(
+            f"this {type(model).__name__} has an attribute {BANK!r} of its own, where the adapter bank goes"
+        )
+    if "forward" in model.__dict__:
+        raise AdapterError(
+            f"the forward of this {type(model).__name__} was replaced on the object (by a wrapper such "
+            "as accelerate's); adapt the model before it is wrapped"
+        )
+
+
+def _capture_example(model: nn.Module, inputs: Sequence[Any] | Mapping[str, Any]) -> None:
+    if isinstance(inputs, Mapping):
+        prepare(model, (), dict(inputs))
+    else:
+        prepare(model, tuple(inputs), {})
+
+
+def capture(model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    """Capture and adapt the graph of one signature ahead of its first call.
+
+    A model that cannot be captured whole warns (`PartialCaptureWarning`); the graphs of its parts
+    are captured when they are first called.
+
+    Raises:
+        AdapterError: the model is not adapted.
+        TargetError: a target is used in a way that cannot be adapted.
+    """
+    require_adapted(model)
+    prepare(model, args, kwargs)
+
+
+def unload(model: M, *, merge: bool = False, safe: bool = True) -> M:
+    """Give the model its original class back and take the bank off it.
+
+    Args:
+        model: an adapted model.
+        merge: fold the active adapters into the base weights first; otherwise the base
+            weights are what they were before `adapt`. Either way the parameters that trained
+            before `adapt` may train again.
+        safe: with ``merge``, check the merged weights for NaN and infinity first.
+
+    Raises:
+        AdapterError: the model is not adapted.
+    """
+    require_adapted(model)
+    if merge:
+        _merge_for_good(model, safe=safe)
+    else:
+        merging.unmerge(model)
+    _detach(model)
+    return model
+
+
+def _merge_for_good(model: nn.Module, *, safe: bool) -> None:
+    bank = bank_of(model)
+    todo = [name for name in bank.active if name not in bank.merged]
+    merging.check_mergeable(model, bank, todo, safe=safe)
+    merging.untie(model, todo)
+    if todo:
+        merging.merge(model, todo, safe=False)
+
+
+def _detach(model: nn.Module) -> None:
+    unhook(model)
+    restore_parts(model)
+    restore_class(model)
+    thawed = bank_of(model).thawed
+    del model._modules[BANK]
+    for path in thawed:
+        model.get_parameter(path).requires_grad_(True)
+    model.__dict__.pop("_vera_runtime", None)

@@ -1,0 +1,218 @@
+"""Several adapters on one base: add, delete, switch, disable, count."""
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from vera_fx.bank.bank import AdapterBank
+from vera_fx.bank.build import blueprint, build_adapter, draw, install
+from vera_fx.bank.names import check_known, check_name
+from vera_fx.base.targets import resolve_targets
+from vera_fx.config import VeraConfig
+from vera_fx.errors import AdapterError, ConfigError, listing
+from vera_fx.graphs.runtime import require_adapted
+from vera_fx.model.merging import merge, unmerge
+
+
+def add_adapter(
+    model: nn.Module,
+    name: str,
+    config: VeraConfig | None = None,
+    *,
+    autocast_adapter_dtype: bool = True,
+) -> None:
+    """Add another adapter, not active yet. It may differ in rank, seed and targets.
+
+    Args:
+        model: an adapted model.
+        name: the new adapter's name.
+        config: its configuration; None for that of the first adapter.
+        autocast_adapter_dtype: keep the vectors of half-precision models in float32, as PEFT does.
+
+    Raises:
+        AdapterError: the name cannot be used, there is no configuration to take over, or the
+            adapter would start from copies of base modules while others are merged into the base.
+        TargetError: the targets do not fit the model.
+    """
+    bank = require_adapted(model)
+    check_name(name, bank.adapters)
+    config = config or _first_config(bank)
+    if not isinstance(config, VeraConfig):
+        raise ConfigError(f"config must be a vera_fx.VeraConfig, got a {type(config).__name__}")
+    targets = resolve_targets(model, config)
+    plan = blueprint(model, config, targets, autocast=autocast_adapter_dtype)
+    if bank.merged and (plan.saved or plan.biases):
+        raise AdapterError(
+            f"adapter {name!r} would start from copies of {listing([*plan.saved, *plan.biases])}, and "
+            f"{listing(bank.merged)} is merged into the base; unmerge the model before adding it"
+        )
+    adapter = build_adapter(model, plan)
+    vera_A, vera_B = draw(model, plan)
+    adapter.projections = bank.share_projections(vera_A, vera_B, persistent=config.save_projection)
+    install(model, bank, name, adapter, plan.targets)
+    bank.bind()
+
+
+def _first_config(bank: AdapterBank) -> VeraConfig:
+    for name in bank.adapters:
+        return bank.adapter(name).config
+    raise AdapterError(
+        "the model has no adapter left whose configuration could be reused; give one"
+    )
+
+
+def delete_adapter(model: nn.Module, name: str) -> None:
+    """Delete an adapter. If it was active, the others that are active stay so.
+
+    None takes its place: without another active adapter the model computes its plain base, and a
+    warning says so where there are others to choose from.
+
+    Raises:
+        AdapterError: there is no such adapter, or it is merged.
+    """
+    bank = require_adapted(model)
+    check_known(name, bank.adapters)
+    if name in bank.merged:
+        raise AdapterError(
+            f"adapter {name!r} is merged into the base; unmerge the model before deleting it"
+        )
+    was_active = bank.active
+    bank.remove(name)
+    if was_active == (name,) and bank.adapters:
+        warnings.warn(
+            f"Adapter {name!r} was active which is now deleted. No adapter is active now, so the model "
+            f"computes its plain base; choose one of {listing(bank.adapters)} with set_adapter.",
+            stacklevel=2,
+        )
+
+
+def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
+    """Make one adapter active, or several whose branches add up.
+
+    Only active adapters train, and of those only the ones that were not loaded for inference.
+
+    Raises:
+        AdapterError: an unknown name, or two adapters that each bring their own copy of one module.
+    """
+    bank = require_adapted(model)
+    wanted = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
+    for name in wanted:
+        check_known(name, bank.adapters)
+    _check_compatible(bank, wanted)
+    if bank.merged:
+        warnings.warn(
+            "Adapter cannot be set when the model is merged. Unmerging the model first.",
+            stacklevel=2,
+        )
+        unmerge(model)
+    bank.activate(wanted)
+
+
+def set_trainable(model: nn.Module, names: str | Sequence[str], *, trainable: bool = True) -> None:
+    """Let adapters train, or freeze them, whatever they were made for.
+
+    One that may train does so while it is active; one that may not stays frozen through every
+    switch. Optimisers must be made after this, as they hold the parameters that train.
+
+    Args:
+        model: an adapted model.
+        names: one adapter or several.
+        trainable: False to freeze them.
+
+    Raises:
+        AdapterError: an unknown name; nothing is changed then.
+    """
+    bank = require_adapted(model)
+    chosen = (names,) if isinstance(names, str) else tuple(names)
+    for name in chosen:
+        check_known(name, bank.adapters)
+    for name in chosen:
+        adapter = bank.adapter(name)
+        adapter.let_train(allowed=False)
+        adapter.trainable = trainable
+    bank.activate(bank.active)
+
+
+def _check_compatible(bank: AdapterBank, names: Sequence[str]) -> None:
+    owner: dict[str, str] = {}
+    for name in names:
+        for path in bank.adapter(name).copies.by_path:
+            if path in owner and not _is_one_frozen(bank, path, owner[path], name):
+                raise AdapterError(
+                    f"adapters {owner[path]!r} and {name!r} cannot be active together: each has its own "
+                    f"trained copy of {path!r}"
+                )
+            owner[path] = name
+
+
+def _is_one_frozen(bank: AdapterBank, path: str, first: str, second: str) -> bool:
+    """Whether both adapters keep the same frozen values at ``path``."""
+    adapters = [bank.adapter(name) for name in (first, second)]
+    a, b = (adapter.copies.by_path[path].state_dict() for adapter in adapters)
+    frozen = all(path in adapter.frozen for adapter in adapters)
+    return frozen and a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def active_adapters(model: nn.Module) -> list[str]:
+    """Names of the active adapters; empty inside `disable_adapters`."""
+    bank = require_adapted(model)
+    return list(bank.active) if bank.enabled else []
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """Names of all adapters, in the order they were added."""
+    return list(require_adapted(model).adapters)
+
+
+@contextlib.contextmanager
+def disable_adapters(model: nn.Module) -> Iterator[None]:
+    """Inside the ``with`` block the model is its plain base; may be nested.
+
+    Merged adapters are taken out of the weights for the block and merged again after it.
+    """
+    bank = require_adapted(model)
+    was_enabled, merged = bank.enabled, bank.merged
+    exact = bool(bank.kept_bases)
+    if merged:
+        unmerge(model)
+    bank.enabled = False
+    bank.bind()
+    try:
+        yield
+    finally:
+        bank.enabled = was_enabled
+        bank.bind()
+        if merged:
+            merge(model, merged, safe=False, keep_base=exact)
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterSummary:
+    """Counts of parameters; ``str()`` is PEFT's line.
+
+    Attributes:
+        trainable: parameters that train now.
+        total: all parameters of the model and its adapters (the projections are no parameters).
+    """
+
+    trainable: int
+    total: int
+
+    def __str__(self) -> str:
+        share = 100 * self.trainable / max(self.total, 1)
+        return (
+            f"trainable params: {self.trainable:,d} || all params: {self.total:,d} || "
+            f"trainable%: {share:.4f}"
+        )
+
+
+def parameter_summary(model: nn.Module) -> ParameterSummary:
+    """Count trainable and all parameters."""
+    parameters = list(model.parameters())
+    return ParameterSummary(
+        sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+    )

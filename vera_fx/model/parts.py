@@ -1,0 +1,149 @@
+"""Parts of a model that cannot be captured whole: modules that run graphs of their own.
+
+A forward whose control flow depends on tensor values cannot become one graph. It then runs in
+Python (`vera_fx.model.python_run`), and the modules that it calls with targets inside become parts: each
+runs a graph of its own, or runs in Python in turn.
+"""
+
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
+
+from torch import nn
+
+from vera_fx._torch import skip_frame
+from vera_fx.bank.bank import AdapterBank, bank_of
+from vera_fx.bank.hooks import Entering
+from vera_fx.base.targets import base_modules
+from vera_fx.capturing.export_call import is_capturing, traced_by_others
+from vera_fx.errors import PartialCaptureWarning, listing
+
+_state = threading.local()
+_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+class Run(Protocol):
+    """A call of a model whose forward runs in Python now, in this thread."""
+
+    def call(
+        self, part: nn.Module, base: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Call a module of the model that may be one of its parts; ``base`` is what it was."""
+        ...
+
+
+@skip_frame
+def current_run() -> Run | None:
+    """The innermost run of this thread."""
+    return getattr(_state, "run", None)
+
+
+def set_run(run: Run | None) -> None:
+    """Make ``run`` the innermost run of this thread."""
+    _state.run = run
+
+
+@dataclass(slots=True)
+class Parts:
+    """What of a model runs in Python, and which of its modules run graphs of their own.
+
+    Attributes:
+        paths: the parts' paths, by the modules' identity.
+        reasons: for each path that runs in Python, why it is not captured.
+    """
+
+    paths: dict[int, str] = field(default_factory=dict[int, str])
+    reasons: dict[str, str] = field(default_factory=dict[str, str])
+
+
+class Part:
+    """Mixed into the class of a part. Outside of a run it does what it did before."""
+
+    _vera_base: type[nn.Module]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # Copies belong to other models, which make parts of them when they need to.
+        return object.__new__, (self._vera_base,), cast("nn.Module", self).__getstate__()
+
+
+def part_class(base: type[nn.Module]) -> type[nn.Module]:
+    """The class of a part that was a ``base``, under the same name."""
+    if base not in _classes:
+        names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
+        names |= {"_vera_base": base, "forward": _forward_for(base)}
+        _classes[base] = cast("type[nn.Module]", type(base.__name__, (Part, base), names))
+    return _classes[base]
+
+
+def _forward_for(base: type[nn.Module]) -> Callable[..., Any]:
+    @skip_frame
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        run = current_run()
+        if run is None or is_capturing() or traced_by_others():
+            return base.forward(self, *args, **kwargs)
+        return run.call(self, base, args, kwargs)
+
+    return forward
+
+
+def split(model: nn.Module, parts: Parts, entry: str, reason: str) -> None:
+    """Note that the module at ``entry`` runs in Python, and make parts of what it calls.
+
+    Warns:
+        PartialCaptureWarning: once for each path.
+    """
+    if entry in parts.reasons:
+        return
+    parts.reasons[entry] = reason
+    found = dict(_parts_below(model, bank_of(model), entry))
+    for path, module in found.items():
+        parts.paths[id(module)] = path
+        if not isinstance(module, Part):
+            module.__class__ = part_class(type(module))
+    _note_entries(model, bank_of(model))
+    name = f"{entry!r} in {type(model).__name__}" if entry else type(model).__name__
+    warnings.warn(
+        f"{name} cannot be captured whole and runs in Python: {reason}\n"
+        f"  Parts with graphs of their own: {listing(found, limit=4)}. Other targets are adapted "
+        "eagerly, as PEFT does.",
+        PartialCaptureWarning,
+        stacklevel=2,
+    )
+
+
+def _parts_below(
+    model: nn.Module, bank: AdapterBank, entry: str
+) -> Iterator[tuple[str, nn.Module]]:
+    """The outermost modules below ``entry`` that have a forward and hold adapted modules."""
+    adapted = bank.adapted_paths()
+    prefix = f"{entry}." if entry else ""
+    todo = [(prefix + name, m) for name, m in model.get_submodule(entry).named_children()]
+    while todo:
+        path, module = todo.pop(0)
+        if path in adapted or not any(p.startswith(f"{path}.") for p in adapted):
+            continue
+        if hasattr(type(module), "forward") and not isinstance(module, _CONTAINERS):
+            yield path, module
+        else:
+            todo = [(f"{path}.{name}", m) for name, m in module.named_children()] + todo
+
+
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict)
+
+
+def _note_entries(model: nn.Module, bank: AdapterBank) -> None:
+    """Hook the adapted modules so that it is known when their own forward runs."""
+    modules = base_modules(model)
+    for path in bank.adapted_paths() & modules.keys():
+        hooks = modules[path]._forward_pre_hooks
+        if not any(isinstance(hook, Entering) for hook in hooks.values()):
+            modules[path].register_forward_pre_hook(Entering(bank, path), with_kwargs=True)
+
+
+def restore_parts(model: nn.Module) -> None:
+    """Give all parts the classes that they had."""
+    for module in model.modules():
+        if isinstance(module, Part):
+            cast("nn.Module", module).__class__ = module._vera_base

@@ -1,0 +1,62 @@
+"""Runs the forward of a model that cannot be captured whole; its parts run their graphs."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from vera_fx._torch import compiled_by, skip_frame, start_compiling, stop_compiling
+from vera_fx.bank.bank import bank_of
+from vera_fx.graphs.runtime import finish, prepare, runtime_of
+from vera_fx.model.parts import current_run, set_run
+from vera_fx.model.weight_watch import WeightWatch, unwatched
+
+
+class PythonRun:
+    """One call of ``model``. What torch.compile compiles are the parts' graphs.
+
+    Args:
+        model: the adapted model.
+        compiler: torch.compile's hook on frames; None where nothing is compiled.
+    """
+
+    def __init__(self, model: nn.Module, compiler: Any) -> None:
+        self._model, self._compiler = model, compiler
+        self._paths = runtime_of(model).parts.paths
+
+    def call(
+        self, part: nn.Module, base: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run the part's graph, or its forward if it cannot be captured either."""
+        path = self._paths.get(id(part))
+        if path is None:  # of another model
+            return base.forward(part, *args, **kwargs)
+        with unwatched():
+            prepared = prepare(self._model, args, dict(kwargs), path)
+            if prepared is not None:
+                with compiled_by(self._compiler):
+                    outputs = prepared.graph(*prepared.call.leaves)
+                return finish(prepared, outputs)
+        return base.forward(part, *args, **kwargs)
+
+
+@skip_frame
+def run_in_python(
+    model: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Run the model's own forward.
+
+    Raises:
+        TargetError: it uses a tensor of a target itself, where no branch would be added.
+    """
+    compiler = stop_compiling()
+    before = current_run()
+    try:
+        set_run(PythonRun(model, compiler))
+        if not bank_of(model).computing():
+            return forward(model, *args, **kwargs)
+        with WeightWatch(model, bank_of(model)):
+            return forward(model, *args, **kwargs)
+    finally:
+        set_run(before)
+        start_compiling(compiler)

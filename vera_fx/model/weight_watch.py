@@ -1,0 +1,114 @@
+"""Looks at what a forward that runs in Python does with the tensors of targets.
+
+Graphs find every use of a target's weight. Where a forward runs in Python, branches are added by
+the hooks of the modules that it calls, and a weight that is used without its module's call would
+silently miss its branch. A watch refuses such a use.
+"""
+
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from vera_fx._torch import tree_flatten
+from vera_fx.errors import TargetError
+
+if TYPE_CHECKING:
+    from vera_fx.bank.bank import AdapterBank
+
+_state = threading.local()
+
+
+def _inside() -> list[str]:
+    """Paths of the adapted modules whose forward runs now in this thread."""
+    if not hasattr(_state, "inside"):
+        _state.inside = []
+    return _state.inside
+
+
+def enter(path: str) -> None:
+    """An adapted module's own forward begins."""
+    _inside().append(path)
+
+
+def leave(path: str) -> None:
+    """An adapted module's own forward has ended; those it called and that failed end with it."""
+    inside = _inside()
+    if path in inside:
+        del inside[inside.index(path) :]
+
+
+@contextlib.contextmanager
+def unwatched() -> Iterator[None]:
+    """Inside the block every use of every tensor is right."""
+    before = getattr(_state, "paused", False)
+    _state.paused = True
+    try:
+        yield
+    finally:
+        _state.paused = before
+
+
+class WeightWatch(TorchFunctionMode):
+    """Inside the ``with`` block, tensors of adapted modules may be used by their own calls only.
+
+    Raises:
+        TargetError: from the operator that uses one elsewhere.
+    """
+
+    def __init__(self, model: nn.Module, bank: "AdapterBank") -> None:
+        super().__init__()
+        self._owners = dict(_tensors(model, bank))
+
+    def __enter__(self) -> "WeightWatch":
+        self._before = list(_inside())
+        _inside().clear()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        _inside()[:] = self._before
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run ``func``, unless it makes something of a tensor that it should not have."""
+        result = func(*args, **(kwargs or {}))
+        if not getattr(_state, "paused", False):
+            self._check(func, args, kwargs or {}, result)
+        return result
+
+    def _check(
+        self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
+    ) -> None:
+        for value in (*args, *kwargs.values()):
+            for part in value if isinstance(value, list | tuple) else (value,):
+                owner = self._owners.get(id(part)) if isinstance(part, Tensor) else None
+                if owner is not None and self._is_misused(func, owner, result):
+                    raise TargetError(
+                        f"{owner!r} is adapted, and a forward that runs in Python uses one of its "
+                        f"tensors in {getattr(func, '__name__', func)} without calling the module, "
+                        f"so that the adapter would be left out; exclude {owner!r} from the targets, "
+                        "or call the module"
+                    )
+
+    def _is_misused(self, func: Any, owner: str, result: Any) -> bool:
+        if any(owner == path or owner.startswith(f"{path}.") for path in _inside()):
+            return False
+        if func is F.embedding:  # of a weight that is tied to a target's
+            return False
+        # Sizes, dtypes and the like are no tensors.
+        return any(isinstance(leaf, Tensor) for leaf in tree_flatten(result)[0])
+
+
+def _tensors(model: nn.Module, bank: "AdapterBank") -> Iterator[tuple[int, str]]:
+    """Every tensor of an adapted module, by identity, and the module's path."""
+    for path in bank.adapted_paths():
+        module = model.get_submodule(path)
+        for named in (module.named_parameters(), module.named_buffers()):
+            yield from ((id(tensor), path) for _, tensor in named)

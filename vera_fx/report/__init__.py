@@ -1,0 +1,1 @@
+"""What was adapted and how, as text, page and picture."""

@@ -1,0 +1,207 @@
+"""Tells what was adapted, in which graphs, by which passes, and what was left alone and why."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from vera_fx.bank.bank import AdapterBank
+from vera_fx.capturing.export_call import Capture
+from vera_fx.graphs.runtime import require_adapted, runtime_of
+from vera_fx.graphs.variants import Variant
+from vera_fx.passes import PipelineReport, Target
+from vera_fx.report.page import html_of
+from vera_fx.report.picture import svg_of
+
+_PLAN_PASSES = ("MergeWeight", "ScaleBranch")
+
+
+@dataclass(frozen=True, slots=True)
+class TargetRow:
+    """One target and the adapters that have vectors for it."""
+
+    path: str
+    in_features: int
+    out_features: int
+    adapters: tuple[str, ...]
+    parameters: int
+
+
+@dataclass(frozen=True, slots=True)
+class GraphRow:
+    """One adapted graph.
+
+    Attributes:
+        signature: the inputs with dtypes and sizes; names such as ``s0`` are sizes left open.
+        mode: ``train``, ``eval`` or ``mixed``.
+        sites: names of the sites that got a branch, in the graph's order.
+        plans: ``(site, plan, why)`` for each of them; the figures behind "why" are the modelled
+            costs of the plans relative to the factored one.
+        report: what every pass did, cleanup first.
+    """
+
+    signature: str
+    mode: str
+    sites: tuple[str, ...]
+    plans: tuple[tuple[str, str, str], ...]
+    report: PipelineReport
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """The answer of `explain`; ``str()`` is a table, `html` a page, `svg` a picture.
+
+    Attributes:
+        model: the model's class.
+        adapters: names of all adapters.
+        active: names of those that compute.
+        projections: ``(r, max_in, max_out)`` of each pair of projections, as graphs read it.
+        targets: one row per target.
+        graphs: one row per adapted graph.
+    """
+
+    model: str
+    adapters: tuple[str, ...]
+    active: tuple[str, ...]
+    projections: tuple[tuple[int, int, int], ...]
+    targets: tuple[TargetRow, ...]
+    graphs: tuple[GraphRow, ...]
+    python: tuple[tuple[str, str], ...] = ()
+    """Paths of modules that run in Python because they cannot be captured whole, and why."""
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def html(self) -> str:
+        """A self-contained page: every graph before and after, passes, plans and reasons."""
+        return html_of(self)
+
+    def svg(self, graph: int = 0) -> str:
+        """One graph before and after as an SVG picture; equal neighbouring layers are folded.
+
+        Raises:
+            IndexError: there is no such graph; graphs appear once they are captured.
+        """
+        return svg_of(self, self.graphs[graph])
+
+    def _lines(self) -> Iterator[str]:
+        yield f"adapters: {', '.join(self.adapters) or 'none'} (active: {', '.join(self.active) or 'none'})"
+        sizes = (f"A ({r}, {i}), B ({o}, {r})" for r, i, o in self.projections)
+        yield f"projections: {'; '.join(sizes) or 'none'}"
+        yield f"targets: {len(self.targets)}"
+        yield from _table(
+            ("target", "in", "out", "parameters", "adapters"),
+            [
+                (t.path, t.in_features, t.out_features, t.parameters, ", ".join(t.adapters))
+                for t in self.targets
+            ],
+        )
+        yield f"graphs: {len(self.graphs)}" + (
+            "" if self.graphs else " (none captured yet; call the model)"
+        )
+        yield from (f"runs in Python: {path or 'the model'}: {why}" for path, why in self.python)
+        for number, graph in enumerate(self.graphs):
+            yield f"\ngraph {number}, {graph.mode}: {graph.signature}"
+            yield f"  {len(graph.sites)} sites adapted: {_count_plans(graph)}"
+            yield from (f"  {line}" for line in str(graph.report).splitlines())
+            yield from _skips(graph.report)
+
+
+def _count_plans(graph: GraphRow) -> str:
+    reasons: dict[tuple[str, str], int] = {}
+    for _, plan, why in graph.plans:
+        reasons[plan, why] = reasons.get((plan, why), 0) + 1
+    return "; ".join(f"{count} {plan} ({why})" for (plan, why), count in reasons.items())
+
+
+def _skips(report: PipelineReport) -> Iterator[str]:
+    for name, skip in report.skips():
+        yield f"  left alone by {name}: {skip.subject}: {skip.reason}"
+
+
+def _table(header: Sequence[object], rows: Sequence[Sequence[object]]) -> Iterator[str]:
+    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for row in cells:
+        yield "  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
+
+
+def explain(model: nn.Module) -> Explanation:
+    """Report targets, graphs, sites, passes and skips of an adapted model.
+
+    Graphs appear once they are captured: at the first call of each signature, or by `capture`.
+
+    Raises:
+        AdapterError: the model is not adapted.
+    """
+    bank = require_adapted(model)
+    captures = list(runtime_of(model).all_captures())
+    return Explanation(
+        model=type(model).__name__,
+        adapters=tuple(bank.adapters),
+        active=bank.computing(),
+        projections=tuple(map(_sizes, map(bank.padded, bank.projections))),
+        targets=tuple(_target_row(bank, target) for target in bank.targets.values()),
+        graphs=tuple(
+            _graph_row(capture, variant)
+            for capture in captures
+            for by_plans in capture.variants.values()
+            for variant in by_plans.values()
+        ),
+        python=tuple(runtime_of(model).parts.reasons.items()),
+    )
+
+
+def _sizes(pair: tuple[Tensor, Tensor]) -> tuple[int, int, int]:
+    A, B = pair
+    return A.shape[0], A.shape[1], B.shape[0]
+
+
+def _target_row(bank: AdapterBank, target: Target) -> TargetRow:
+    found = {name: bank.adapter(name).vectors_at(target.path) for name in bank.adapters}
+    held = {name: vectors for name, vectors in found.items() if vectors is not None}
+    return TargetRow(
+        path=target.path,
+        in_features=target.in_features,
+        out_features=target.out_features,
+        adapters=tuple(held),
+        parameters=sum(p.numel() for vectors in held.values() for p in vectors.parameters()),
+    )
+
+
+def _graph_row(capture: Capture, variant: Variant) -> GraphRow:
+    modes = set(capture.training.values())
+    sites = next(r.report.rewrites for r in variant.report.records if r.name == "InsertVera")
+    return GraphRow(
+        signature=_signature(capture),
+        mode="mixed" if len(modes) > 1 else "train" if True in modes else "eval",
+        sites=tuple(rewrite.subject for rewrite in sites),
+        plans=tuple(_plan(variant, rewrite.subject) for rewrite in sites),
+        report=capture.report + variant.report,
+    )
+
+
+def _plan(variant: Variant, site: str) -> tuple[str, str, str]:
+    """The plan that the graph really follows: a pass may have left the site as it was."""
+    skipped = {s.subject: s.reason for name, s in variant.report.skips() if name in _PLAN_PASSES}
+    if site in skipped:
+        return site, "factored", skipped[site]
+    return site, variant.choice.assignment.plan_of(site), variant.choice.reasons.get(site, "")
+
+
+def _signature(capture: Capture) -> str:
+    """The inputs with dtypes and sizes; open sizes are numbered as they appear."""
+    inputs = [node for node in capture.graph.graph.nodes if node.op == "placeholder"]
+    names: dict[str, str] = {}
+    return ", ".join(
+        f"{name} {_type(n.meta['val'], names)}"
+        for name, n in zip(capture.inputs, inputs, strict=True)
+    )
+
+
+def _type(value: Tensor, names: dict[str, str]) -> str:
+    sizes = ", ".join(
+        str(size) if isinstance(size, int) else names.setdefault(str(size), f"s{len(names)}")
+        for size in value.shape
+    )
+    return f"{str(value.dtype).removeprefix('torch.')}[{sizes}]"
