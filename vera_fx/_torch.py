@@ -68,19 +68,3 @@ def stamp(dicts: Iterable[dict[Any, Any]]) -> int:
     Dynamo's own dictionary versions, which are globally unique and only ever increase.
     """
     return sum(map(dict_version, dicts))
-
-
-def open_dimension(source: str, dim: int) -> None:
-    """Let compiled code take any size along a dimension of the tensors it reads at ``source``.
-
-    Else every new size of a parameter, which Dynamo takes for fixed, would be compiled anew. This
-    is ``torch.compiler.config.dynamic_sources``, the documented way to say so.
-
-    Args:
-        source: regular expression for Dynamo's name of the place, without commas and spaces.
-        dim: the dimension.
-    """
-    entry, config = f"{source}:{dim}", cast("Any", torch.compiler.config)
-    known = [found for found in config.dynamic_sources.split(",") if found]
-    if entry not in known:
-        config.dynamic_sources = ",".join([*known, entry])

@@ -5,14 +5,12 @@ pass against its report; ``VERA_FX_PASS_LIMIT=n`` stops after n passes; ``VERA_F
 one function of n and more equal layers (0: of none).
 """
 
-import itertools
 import os
 from pathlib import Path
 
+from vera_fx._context import next_number
 from vera_fx.errors import ConfigError
 from vera_fx.passes import RunOptions
-
-_numbers = itertools.count()
 
 
 def run_options(stage: str) -> RunOptions:
@@ -29,7 +27,7 @@ def run_options(stage: str) -> RunOptions:
     if limit is not None and not limit.isdecimal():
         raise ConfigError(f"VERA_FX_PASS_LIMIT must be a number of passes, got {limit!r}")
     return RunOptions(
-        dump=Path(dump) / f"{next(_numbers):03d}_{stage}" if dump else None,
+        dump=Path(dump) / f"{next_number():03d}_{stage}" if dump else None,
         verify=verify == "1",
         limit=int(limit) if limit is not None else None,
     )

@@ -5,6 +5,7 @@ What must be compiled once, and why, is here too: a test for each case.
 
 import contextlib
 import copy
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ class Compiled:
 
     def __init__(self, model: nn.Module) -> None:
         torch._dynamo.reset()
-        torch.compiler.config.dynamic_sources = ""  # as in a process that has seen no other model
+        gc.collect()  # what other models have opened ends with them
         model.vera.rebind()
         self.model = model
         self.counter = CompileCounterWithBackend("aot_eager")

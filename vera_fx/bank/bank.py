@@ -195,7 +195,7 @@ class AdapterBank(nn.Module):
             return Binding()
         adapters = [self.adapter(name) for name in names]
         if len({cast("Projections", pair).r for pair in self.projections.values()}) > 1:
-            open_ranks("slot")
+            open_ranks(self, "slot")
         slots = tuple(Slot(self._values(adapter)) for adapter in adapters)
         # Whoever brings a copy: all are read off the first slot, so that one graph serves all.
         slots[0].tensors().update(self._copies(adapters))

@@ -10,11 +10,9 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vera_fx._context import enter, holding, is_capturing, leave, now
 from vera_fx.bank.adapter import TrainedBias
-from vera_fx.capturing.export_call import is_capturing
 from vera_fx.errors import AdapterError
-from vera_fx.mixing.kept_names import in_mixture
-from vera_fx.model.weight_watch import enter, leave, unwatched
 from vera_fx.reference import vera_branch
 
 if TYPE_CHECKING:
@@ -35,12 +33,12 @@ class EagerHook:
         leave(self.path)
         if is_capturing() or not self.bank.computing():
             return None
-        if in_mixture(self.bank):
+        if getattr(now("names"), "bank", None) is self.bank:
             raise AdapterError(
                 f"{self.path!r} was called outside of the model's own forward in a batch that mixes "
                 "adapters; only calls of the model itself can mix them"
             )
-        with unwatched():
+        with holding("unwatched", value=True):
             return self.adapted(module, args, kwargs, output)
 
     def adapted(

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vera_fx._torch import open_dimension, stamp
+from vera_fx._context import open_dimensions
+from vera_fx._torch import stamp
 from vera_fx.base.targets import BANK
 
 
@@ -52,18 +53,21 @@ def served_path(path: str) -> str:
     return re.sub(rf"^{BANK}\.slot(?=\d+\.)", f"{BANK}.served", path)
 
 
-def open_ranks(kind: str) -> None:
+def open_ranks(owner: object, kind: str) -> None:
     """Let one compiled graph serve adapters of every rank above 1.
 
     Args:
+        owner: for as long as it lives.
         kind: ``"served"``, which costs nothing; or ``"slot"``, which costs some 3 % of a training
             step, for banks whose adapters do have different ranks.
     """
+    sources: list[tuple[str, int]] = []
     for attribute, dim in ((r"vera_A", 0), (r"vera_B", 1), (r"\w+__lambda_d_*", 0)):
-        open_dimension(rf".*\b{BANK}\b.*\.{kind}\d+\.{attribute}$", dim)
+        sources.append((rf".*\b{BANK}\b.*\.{kind}\d+\.{attribute}$", dim))
         # Functions made of layers take the same tensors as arguments, named by what was read.
         argument = attribute.lower() + r"(_\d+)?"
-        open_dimension(rf"L\['{BANK}_{kind}\d+_{argument}'\]$", dim)
+        sources.append((rf"L\['{BANK}_{kind}\d+_{argument}'\]$", dim))
+    open_dimensions(owner, sources)
 
 
 class SlotNames:

@@ -13,35 +13,22 @@
 """
 
 import contextlib
-import threading
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_lock = threading.Lock()
-_inside: list[int] = []
-_originals: dict[tuple[Any, str], Any] = {}
+from vera_fx._context import original, patched
+
+_NAME = "traceable transformers"
 
 
-@contextlib.contextmanager
-def traceable() -> Iterator[None]:
+def traceable() -> contextlib.AbstractContextManager[None]:
     """Inside the block transformers has the functions of this file.
 
     They are exact, so that calls in other threads may run into them.
     """
-    with _lock:
-        _inside.append(threading.get_ident())
-        if len(_inside) == 1:
-            _originals.update(_replace(_replacements()))
-    try:
-        yield
-    finally:
-        with _lock:
-            _inside.remove(threading.get_ident())
-            if not _inside:
-                _replace(_originals)
+    return patched(_NAME, _replacements)
 
 
 def _replacements() -> dict[tuple[Any, str], Any]:
@@ -57,14 +44,6 @@ def _replacements() -> dict[tuple[Any, str], Any]:
     }
 
 
-def _replace(attributes: dict[tuple[Any, str], Any]) -> dict[tuple[Any, str], Any]:
-    """Set attributes of classes and modules; the result is what they were."""
-    before = {(owner, name): vars(owner)[name] for owner, name in attributes}
-    for (owner, name), value in attributes.items():
-        setattr(owner, name, value)
-    return before
-
-
 def _no() -> bool:
     return False
 
@@ -75,8 +54,8 @@ def _update(
     if self.record_past:  # assisted decoding, which keeps what falls out of the window
         from transformers.cache_utils import DynamicSlidingWindowLayer
 
-        original = _originals[DynamicSlidingWindowLayer, "update"]
-        return original(self, key_states, value_states, *args, **kwargs)
+        update = original(_NAME, DynamicSlidingWindowLayer, "update")
+        return update(self, key_states, value_states, *args, **kwargs)
     if not self.is_initialized:
         self.lazy_initialization(key_states, value_states)
     self.cumulative_length += key_states.shape[-2]

@@ -7,7 +7,6 @@ buffers, so that whatever is assigned, moved or loaded there later is what the g
 
 import contextlib
 import inspect
-import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,7 +19,8 @@ from torch.fx import Graph, GraphModule
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.fx.graph import CodeGen
 
-from vera_fx._torch import TreeSpec, skip_frame
+from vera_fx._context import capturing
+from vera_fx._torch import TreeSpec
 from vera_fx.base.hf import capture_hint, checkpointing_recorded, export_patches
 from vera_fx.base.targets import BANK
 from vera_fx.capturing.open_integers import sizes_as_integers
@@ -29,27 +29,6 @@ from vera_fx.capturing.signature import Call, CallReader, map_tensors
 from vera_fx.debug import run_options
 from vera_fx.errors import CaptureError, first_line
 from vera_fx.passes import PipelineReport, cleanup, resolve, run_passes
-
-_state = threading.local()
-
-
-@skip_frame
-def is_capturing() -> bool:
-    """True while this thread captures; hooks of the library stay silent then."""
-    return getattr(_state, "capturing", False)
-
-
-_captures: list[int] = []
-
-
-@skip_frame
-def traced_by_others() -> bool:
-    """True while the model is traced by an export that is none of this library's captures.
-
-    torch's flag is one for all threads: without the list, calls in other threads would take a
-    capture for somebody else's export.
-    """
-    return torch.compiler.is_exporting() and not _captures
 
 
 @dataclass(slots=True)
@@ -236,12 +215,11 @@ def _dynamic_shapes(inputs: dict[str, Any]) -> ShapesCollection | None:
 def _tracing(model: nn.Module) -> Iterator[None]:
     """The surroundings of an export: gradients on, no fast paths, no traces left behind."""
     fastpath = torch.backends.mha.get_fastpath_enabled()
-    _state.capturing = True
-    _captures.append(threading.get_ident())
     try:
         # The fused fast path of nn.TransformerEncoderLayer hides its linear calls.
         torch.backends.mha.set_fastpath_enabled(False)
         with (
+            capturing(),
             torch.inference_mode(False),
             torch.enable_grad(),
             torch.random.fork_rng(devices=[]),
@@ -252,8 +230,6 @@ def _tracing(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
-        _state.capturing = False
-        _captures.remove(threading.get_ident())
 
 
 def bind_live(exported: ExportedProgram, model: nn.Module) -> GraphModule:

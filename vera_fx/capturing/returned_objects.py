@@ -5,11 +5,11 @@ made part of the graph's outputs, and written back into the caller's object afte
 sees the same object, updated, also where the call returns it.
 """
 
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vera_fx._context import holding, now
 from vera_fx._torch import (
     TreeSpec,
     register_pytree_node,
@@ -18,8 +18,6 @@ from vera_fx._torch import (
     tree_unflatten,
 )
 from vera_fx.capturing.signature import CONSTANTS
-
-_originals = threading.local()
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +62,7 @@ def _flatten(marker: Returned) -> tuple[list[Any], tuple[str, TreeSpec]]:
 def _unflatten(leaves: Any, context: tuple[str, TreeSpec]) -> Any:
     name, spec = context
     new = tree_unflatten(list(leaves), spec)
-    original = getattr(_originals, "objects", {}).get(name)
+    original = now("returned", {}).get(name)
     if original is None:
         return new
     original.__dict__.clear()
@@ -93,9 +91,7 @@ def mark_returned(result: Any, objects: Mapping[str, Any]) -> tuple[Any, list[Re
 
 def restore(outputs: list[Any], spec: TreeSpec, objects: Mapping[str, Any] | None) -> Any:
     """Rebuild a call's result from the graph's outputs, updating the caller's objects."""
-    _originals.objects = objects or {}
-    try:
-        result, _ = tree_unflatten(outputs, spec)
-    finally:
-        _originals.objects = {}
-    return result
+    if not objects:
+        return tree_unflatten(outputs, spec)[0]
+    with holding("returned", objects):
+        return tree_unflatten(outputs, spec)[0]

@@ -25,12 +25,12 @@ from vera_fx.capturing.state_watch import StateWatch
 from vera_fx.errors import AdapterError, CaptureError, first_line
 from vera_fx.graphs.advice import advise
 from vera_fx.graphs.choose_graph import adapted, mixed
+from vera_fx.graphs.parts import Parts, split
 from vera_fx.mixing.check import mix_of
 from vera_fx.mixing.kept_mix import mix_again
 from vera_fx.mixing.kept_names import held_by
 from vera_fx.mixing.mixer import Mix
 from vera_fx.mixing.rows_of_call import row_names
-from vera_fx.model.parts import Parts, split
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator, Mapping
@@ -69,7 +69,7 @@ class Runtime:
     memo_limit = 4096
 
     def __init__(self, model: nn.Module, entry: str = "", parts: Parts | None = None) -> None:
-        open_ranks("served")
+        open_ranks(self, "served")
         self.reader = CallReader(_entry_forward(model, entry)[0])
         self._forward = _entry_forward(model, entry)[1]
         self._entry, self.parts = entry, parts or Parts()

@@ -3,7 +3,6 @@
 Shape letters: T tokens, I in_features, O out_features, R rank.
 """
 
-import functools
 import time
 from collections.abc import Callable, Mapping
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vera_fx._context import cached
 from vera_fx.passes import PLANS, Costs, Target, Workload, allowed
 from vera_fx.passes.engine.functions import merged_linear, merged_weight
 
@@ -34,7 +34,7 @@ def timed_costs(weight: Tensor) -> Costs:
     return costs
 
 
-@functools.lru_cache(maxsize=1024)
+@cached(1024)
 def _times(
     shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, trains: bool
 ) -> Mapping[str, float]:

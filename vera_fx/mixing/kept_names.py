@@ -1,13 +1,11 @@
 """The names that a whole ``generate`` runs under, wherever it calls the model."""
 
 import contextlib
-import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-# Not a ContextVar: hooks ask for it, and Dynamo can trace them only with a thread's own state.
-_held = threading.local()
+from vera_fx._context import holding, now
 
 
 @dataclass(slots=True)
@@ -35,20 +33,11 @@ def names_for_rows(
 
     A call with a multiple of as many rows, as in beam search, repeats each name in place.
     """
-    before = getattr(_held, "now", None)
-    _held.now = Held(bank, names, stored or {})
-    try:
+    with holding("names", Held(bank, names, stored or {})):
         yield
-    finally:
-        _held.now = before
 
 
 def held_by(bank: object) -> Held | None:
     """What holds for calls of the bank's model; None outside of `names_for_rows`."""
-    held = getattr(_held, "now", None)
+    held = now("names")
     return held if held is not None and held.bank is bank else None
-
-
-def in_mixture(bank: object) -> bool:
-    """True inside `names_for_rows` of this bank's model."""
-    return held_by(bank) is not None

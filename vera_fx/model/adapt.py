@@ -13,10 +13,10 @@ from vera_fx.base.hf import register_types
 from vera_fx.base.targets import BANK, base_modules, resolve_targets
 from vera_fx.config import VeraConfig
 from vera_fx.errors import AdapterError, ConfigError
+from vera_fx.graphs.parts import restore_parts
 from vera_fx.graphs.runtime import prepare, require_adapted
 from vera_fx.model import merging
 from vera_fx.model.model_class import extend, is_adapted, restore_class
-from vera_fx.model.parts import restore_parts
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import nn
 
+from vera_fx._context import is_capturing
 from vera_fx.bank.bank import bank_of
-from vera_fx.capturing.export_call import is_capturing
 from vera_fx.graphs.runtime import finish, prepare
 from vera_fx.mixing.check import check_mixture, stored_of
-from vera_fx.mixing.kept_names import in_mixture, names_for_rows
+from vera_fx.mixing.kept_names import held_by, names_for_rows
 
 
 def generation_methods(base: type[nn.Module]) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def _get_encoder(base: Any) -> Any:
     @functools.wraps(base.get_encoder)
     def get_encoder(self: Any, *args: Any, **kwargs: Any) -> Any:
         encoder = base.get_encoder(self, *args, **kwargs)
-        if is_capturing() or not in_mixture(bank_of(self)):
+        if is_capturing() or held_by(bank_of(self)) is None:
             return encoder
         return EncoderEntry(self, encoder)
 

@@ -5,14 +5,13 @@ from typing import Any, cast
 
 from torch import nn
 
+from vera_fx._context import class_made_of, traced_by_others
 from vera_fx._torch import skip_frame
 from vera_fx.bank.bank import bank_of
-from vera_fx.capturing.export_call import original_class, traced_by_others
+from vera_fx.capturing.export_call import original_class
 from vera_fx.graphs.runtime import finish, prepare
 from vera_fx.model.generation import generation_methods
 from vera_fx.model.python_run import run_in_python
-
-_classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 class Adapted:
@@ -33,16 +32,16 @@ class Adapted:
 
 def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
     """The class of an adapted ``base``: a subclass with the same name and call signature."""
-    if base not in _classes:
-        forward = _forward_for(base)
-        names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
-        names |= generation_methods(base)
-        # The name stays: transformers looks models up by the name of their class.
-        kind = type(
-            base.__name__, (Adapted, base), {**names, "_vera_base": base, "forward": forward}
-        )
-        _classes[base] = cast("type[nn.Module]", kind)
-    return _classes[base]
+    return class_made_of(base, "adapted", _extended)
+
+
+def _extended(base: type[nn.Module]) -> type[nn.Module]:
+    forward = _forward_for(base)
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
+    names |= generation_methods(base)
+    # The name stays: transformers looks models up by the name of their class.
+    kind = type(base.__name__, (Adapted, base), {**names, "_vera_base": base, "forward": forward})
+    return cast("type[nn.Module]", kind)
 
 
 def _forward_for(base: type[nn.Module]) -> Any:

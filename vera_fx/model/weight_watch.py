@@ -6,7 +6,6 @@ silently miss its branch. A watch refuses such a use.
 """
 
 import contextlib
-import threading
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -14,43 +13,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from vera_fx._context import holding, modules_inside, now
 from vera_fx._torch import tree_flatten
 from vera_fx.errors import TargetError
 
 if TYPE_CHECKING:
     from vera_fx.bank.bank import AdapterBank
 
-_state = threading.local()
 
-
-def _inside() -> list[str]:
-    """Paths of the adapted modules whose forward runs now in this thread."""
-    if not hasattr(_state, "inside"):
-        _state.inside = []
-    return _state.inside
-
-
-def enter(path: str) -> None:
-    """An adapted module's own forward begins."""
-    _inside().append(path)
-
-
-def leave(path: str) -> None:
-    """An adapted module's own forward has ended; those it called and that failed end with it."""
-    inside = _inside()
-    if path in inside:
-        del inside[inside.index(path) :]
-
-
-@contextlib.contextmanager
-def unwatched() -> Iterator[None]:
+def unwatched() -> contextlib.AbstractContextManager[None]:
     """Inside the block every use of every tensor is right."""
-    before = getattr(_state, "paused", False)
-    _state.paused = True
-    try:
-        yield
-    finally:
-        _state.paused = before
+    return holding("unwatched", value=True)
 
 
 class WeightWatch(TorchFunctionMode):
@@ -65,21 +38,21 @@ class WeightWatch(TorchFunctionMode):
         self._owners = dict(_tensors(model, bank))
 
     def __enter__(self) -> "WeightWatch":
-        self._before = list(_inside())
-        _inside().clear()
+        self._before = list(modules_inside())
+        modules_inside().clear()
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        _inside()[:] = self._before
+        modules_inside()[:] = self._before
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Run ``func``, unless it makes something of a tensor that it should not have."""
         result = func(*args, **(kwargs or {}))
-        if not getattr(_state, "paused", False):
+        if not now("unwatched"):
             self._check(func, args, kwargs or {}, result)
         return result
 
@@ -98,7 +71,7 @@ class WeightWatch(TorchFunctionMode):
                     )
 
     def _is_misused(self, func: Any, owner: str, result: Any) -> bool:
-        if any(owner == path or owner.startswith(f"{path}.") for path in _inside()):
+        if any(owner == path or owner.startswith(f"{path}.") for path in modules_inside()):
             return False
         if func is F.embedding:  # of a weight that is tied to a target's
             return False

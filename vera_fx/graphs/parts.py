@@ -5,44 +5,19 @@ Python (`vera_fx.model.python_run`), and the modules that it calls with targets 
 runs a graph of its own, or runs in Python in turn.
 """
 
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 from torch import nn
 
+from vera_fx._context import class_made_of, current_run, is_capturing, traced_by_others
 from vera_fx._torch import skip_frame
 from vera_fx.bank.bank import AdapterBank, bank_of
 from vera_fx.bank.hooks import Entering
 from vera_fx.base.targets import base_modules
-from vera_fx.capturing.export_call import is_capturing, traced_by_others
 from vera_fx.errors import PartialCaptureWarning, listing
-
-_state = threading.local()
-_classes: dict[type[nn.Module], type[nn.Module]] = {}
-
-
-class Run(Protocol):
-    """A call of a model whose forward runs in Python now, in this thread."""
-
-    def call(
-        self, part: nn.Module, base: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """Call a module of the model that may be one of its parts; ``base`` is what it was."""
-        ...
-
-
-@skip_frame
-def current_run() -> Run | None:
-    """The innermost run of this thread."""
-    return getattr(_state, "run", None)
-
-
-def set_run(run: Run | None) -> None:
-    """Make ``run`` the innermost run of this thread."""
-    _state.run = run
 
 
 @dataclass(slots=True)
@@ -70,11 +45,13 @@ class Part:
 
 def part_class(base: type[nn.Module]) -> type[nn.Module]:
     """The class of a part that was a ``base``, under the same name."""
-    if base not in _classes:
-        names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
-        names |= {"_vera_base": base, "forward": _forward_for(base)}
-        _classes[base] = cast("type[nn.Module]", type(base.__name__, (Part, base), names))
-    return _classes[base]
+    return class_made_of(base, "part", _part_of)
+
+
+def _part_of(base: type[nn.Module]) -> type[nn.Module]:
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
+    names |= {"_vera_base": base, "forward": _forward_for(base)}
+    return cast("type[nn.Module]", type(base.__name__, (Part, base), names))
 
 
 def _forward_for(base: type[nn.Module]) -> Callable[..., Any]:
