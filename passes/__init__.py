@@ -11,12 +11,10 @@ from vera_fx.passes.engine.protocol import (
     GraphPass,
     Numerics,
     PassContractError,
-    PassReport,
-    Rewrite,
     RowError,
     SiteError,
-    Skip,
 )
+from vera_fx.passes.engine.reports import Action, PassReport, Reason, Rewrite, Skip, Why
 from vera_fx.passes.engine.runner import PassRecord, PipelineReport, RunOptions, run_passes
 from vera_fx.passes.fold_weights import FoldWeights
 from vera_fx.passes.inline_grad_mode import InlineGradMode
@@ -46,6 +44,7 @@ from vera_fx.passes.zero_masked_rows import ZeroMaskedRows
 __all__ = [
     "META_KEY",
     "PLANS",
+    "Action",
     "AdaptationPlan",
     "Assignment",
     "Branch",
@@ -67,6 +66,7 @@ __all__ = [
     "PassRecord",
     "PassReport",
     "PipelineReport",
+    "Reason",
     "RecomputeInBackward",
     "Redirect",
     "RedirectParameters",
@@ -84,6 +84,7 @@ __all__ = [
     "Skip",
     "Tag",
     "Target",
+    "Why",
     "Workload",
     "ZeroMaskedRows",
     "adaptation",

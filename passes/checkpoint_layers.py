@@ -8,7 +8,8 @@ from torch.utils import checkpoint
 
 from vera_fx.passes.engine.graph import Tag, is_call
 from vera_fx.passes.engine.outlining import Outliner, apart, body_nodes, module_runs
-from vera_fx.passes.engine.protocol import Numerics, PassReport, Rewrite
+from vera_fx.passes.engine.protocol import Numerics
+from vera_fx.passes.engine.reports import Action, PassReport, Rewrite
 from vera_fx.passes.sites.shared_nodes import lift, shared_by_layers
 
 _ME = "CheckpointLayers"
@@ -94,5 +95,5 @@ class CheckpointLayers:
         rewrites: list[Rewrite] = []
         for run in apart(runs):
             outliner.outline(run, Tag(_ME, run.path))
-            rewrites.append(Rewrite(run.path, f"{len(run.nodes)} nodes recomputed in backward"))
+            rewrites.append(Rewrite(run.path, Action.LAYER_CHECKPOINTED, count=len(run.nodes)))
         return PassReport(tuple(rewrites))

@@ -7,7 +7,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from vera_fx.passes.engine.graph import Tag, emit, is_call, replace_uses, tag_of
-from vera_fx.passes.engine.protocol import Numerics, PassReport, Rewrite
+from vera_fx.passes.engine.protocol import Numerics
+from vera_fx.passes.engine.reports import Action, PassReport, Rewrite
 
 aten = torch.ops.aten
 
@@ -64,7 +65,7 @@ class ContiguousAttention:
                     tag=Tag(_ME, role="in_order"),
                 )
             replace_uses(node, copy)
-        return PassReport(tuple(Rewrite(node.name, "its output is contiguous") for node in found))
+        return PassReport(tuple(Rewrite(node.name, Action.MADE_CONTIGUOUS) for node in found))
 
 
 def _is_done(node: Node) -> bool:

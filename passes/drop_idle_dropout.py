@@ -7,7 +7,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from vera_fx.passes.engine.graph import is_call, node_arg
-from vera_fx.passes.engine.protocol import Numerics, PassReport, Rewrite
+from vera_fx.passes.engine.protocol import Numerics
+from vera_fx.passes.engine.reports import Action, PassReport, Rewrite
 
 _DROPOUT = torch.ops.aten.dropout.default
 
@@ -49,7 +50,7 @@ class DropIdleDropout:
             if source is not None and _is_idle(node):
                 node.replace_all_uses_with(source)
                 gm.graph.erase_node(node)
-                rewrites.append(Rewrite(node.name, "idle dropout erased"))
+                rewrites.append(Rewrite(node.name, Action.DROPOUT_ERASED))
         return PassReport(tuple(rewrites))
 
 

@@ -7,7 +7,8 @@ import torch
 from torch.fx import GraphModule
 
 from vera_fx.passes.engine.graph import is_call
-from vera_fx.passes.engine.protocol import Numerics, PassReport, Rewrite
+from vera_fx.passes.engine.protocol import Numerics
+from vera_fx.passes.engine.reports import Action, PassReport, Rewrite
 
 _ASSERT = torch.ops.aten._assert_tensor_metadata.default
 
@@ -44,4 +45,4 @@ class DropMetadataAsserts:
         checks = [node for node in gm.graph.nodes if is_call(node, _ASSERT)]
         for node in checks:
             gm.graph.erase_node(node)
-        return PassReport(tuple(Rewrite(node.name, "check erased") for node in checks))
+        return PassReport(tuple(Rewrite(node.name, Action.CHECK_ERASED) for node in checks))

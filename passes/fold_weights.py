@@ -7,7 +7,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from vera_fx.passes.engine.graph import Tag, attribute, emit, tensor_of
-from vera_fx.passes.engine.protocol import Numerics, PassReport, Rewrite, Skip
+from vera_fx.passes.engine.protocol import Numerics
+from vera_fx.passes.engine.reports import Action, PassReport, Reason, Rewrite, Skip
 from vera_fx.passes.sites.find import Site, Target, find_sites, linear_operands
 
 aten = torch.ops.aten
@@ -64,8 +65,8 @@ class FoldWeights:
         for site in todo:
             _fold(gm, site, paths[site.target.path])
         return PassReport(
-            tuple(Rewrite(site.name, f"reads {paths[site.target.path]}") for site in todo),
-            tuple(Skip(path, "never called in this graph") for path in search.uncalled),
+            tuple(Rewrite(site.name, Action.REDIRECTED, paths[site.target.path]) for site in todo),
+            tuple(Skip(path, Reason.NEVER_CALLED) for path in search.uncalled),
         )
 
 

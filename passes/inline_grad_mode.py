@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from vera_fx.passes.engine.graph import Tag, emit, is_call, resolve, value_of
-from vera_fx.passes.engine.protocol import Numerics, PassReport, Rewrite
+from vera_fx.passes.engine.protocol import Numerics
+from vera_fx.passes.engine.reports import Action, PassReport, Rewrite
 
 _WRAP = torch.ops.higher_order.wrap_with_set_grad_enabled
 
@@ -49,7 +50,7 @@ class InlineGradMode:
         """Inline all such calls, nested ones too."""
         rewrites: list[Rewrite] = []
         while (node := next((n for n in gm.graph.nodes if is_call(n, _WRAP)), None)) is not None:
-            rewrites.append(Rewrite(node.name, f"inlined, gradients {_mode(node)}"))
+            rewrites.append(Rewrite(node.name, Action.GRADIENTS_INLINED, _mode(node)))
             _inline(gm, node)
         return PassReport(tuple(rewrites))
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from vera_fx.passes.engine.graph import Tag, attribute, emit, replace_uses, tag_of, tensor_of
-from vera_fx.passes.engine.protocol import Numerics, PassReport, Rewrite, Skip
+from vera_fx.passes.engine.protocol import Numerics
+from vera_fx.passes.engine.reports import Action, PassReport, Reason, Rewrite, Skip
 from vera_fx.passes.sites.find import Site, Target, find_sites
 
 aten = torch.ops.aten
@@ -96,8 +97,8 @@ class InsertVera:
         for site in todo:
             _adapt(gm, site, branches[site.target.path])
         return PassReport(
-            tuple(Rewrite(site.name, f"branch added at {site.node.name}") for site in todo),
-            tuple(Skip(path, "never called in this graph") for path in search.uncalled),
+            tuple(Rewrite(site.name, Action.BRANCH_ADDED, site.node.name) for site in todo),
+            tuple(Skip(path, Reason.NEVER_CALLED) for path in search.uncalled),
         )
 
 

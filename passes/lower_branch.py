@@ -7,7 +7,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from vera_fx.passes.engine.graph import Tag, emit, tag_of, tensor_of
-from vera_fx.passes.engine.protocol import Numerics, PassReport, Rewrite
+from vera_fx.passes.engine.protocol import Numerics
+from vera_fx.passes.engine.reports import Action, PassReport, Rewrite
 from vera_fx.passes.sites.inserted import InsertedBranch, erase_unused, input_of, inserted_branches
 
 aten = torch.ops.aten
@@ -88,7 +89,7 @@ class LowerBranch:
                 dtype = tensor_of(source).dtype
                 _lower(gm, branch, source, dtype)
                 name = str(dtype).removeprefix("torch.")
-                rewrites.append(Rewrite(branch.site, f"products in {name}"))
+                rewrites.append(Rewrite(branch.site, Action.PRODUCTS_LOWERED, name))
         return PassReport(tuple(rewrites))
 
 

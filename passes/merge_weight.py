@@ -8,7 +8,8 @@ from torch.fx import GraphModule, Node
 
 from vera_fx.passes.engine.functions import merged_linear, merged_weight
 from vera_fx.passes.engine.graph import Tag, emit, replace_uses, tensor_of
-from vera_fx.passes.engine.protocol import Numerics, PassReport, Rewrite, Skip
+from vera_fx.passes.engine.protocol import Numerics
+from vera_fx.passes.engine.reports import Action, PassReport, Reason, Rewrite, Skip
 from vera_fx.passes.sites.find import linear_operands
 from vera_fx.passes.sites.inserted import InsertedBranch, erase_unused, inserted_branches
 
@@ -81,17 +82,17 @@ class MergeWeight:
                 continue
             through_z = branch.site in self.through_z
             _merge(gm, branch, through_z=through_z)
-            way = "G.T @ z" if through_z else "G.T @ x"
-            rewrites.append(Rewrite(branch.site, f"weight merged, vector gradients through {way}"))
+            way = Action.MERGED_THROUGH_Z if through_z else Action.MERGED_THROUGH_X
+            rewrites.append(Rewrite(branch.site, way))
         return PassReport(tuple(rewrites), tuple(skips))
 
 
-def cannot_merge(branch: InsertedBranch) -> str | None:
+def cannot_merge(branch: InsertedBranch) -> Reason | None:
     """Why a branch cannot be merged into its weight; None if it can."""
     if branch.has_dropout:
-        return "the branch drops elements of its input, the base does not"
+        return Reason.DROPS_INPUT
     if not branch.is_alone:
-        return "several adapters are active at this site"
+        return Reason.SEVERAL_HERE
     return None
 
 

@@ -19,7 +19,8 @@ from vera_fx.passes.engine.outlining import (
     fingerprint,
     module_runs,
 )
-from vera_fx.passes.engine.protocol import Numerics, PassReport, Rewrite
+from vera_fx.passes.engine.protocol import Numerics
+from vera_fx.passes.engine.reports import Action, PassReport, Rewrite
 from vera_fx.passes.sites.layer_edges import at_what_is_kept
 from vera_fx.passes.sites.shared_nodes import is_numbered, lift, shared_by_layers
 
@@ -85,7 +86,9 @@ class OutlineLayers:
         names = [outliner.outline(run, Tag(_ME, run.path)) for run in runs]
         return PassReport(
             tuple(
-                Rewrite(run.path or "between layers", f"{len(run.nodes)} nodes in {name}")
+                Rewrite(
+                    run.path or "between layers", Action.LAYER_OUTLINED, name, count=len(run.nodes)
+                )
                 for run, name in zip(runs, names, strict=True)
             )
         )

@@ -13,7 +13,8 @@ from vera_fx.passes.engine.functions import (
     recomputed,
 )
 from vera_fx.passes.engine.graph import is_call, tag_of
-from vera_fx.passes.engine.protocol import Numerics, PassReport, Rewrite
+from vera_fx.passes.engine.protocol import Numerics
+from vera_fx.passes.engine.reports import Action, PassReport, Rewrite
 
 aten = torch.ops.aten
 
@@ -89,7 +90,7 @@ class RecomputeInBackward:
         for node in gm.graph.nodes:
             if is_call(node, merged_weight) and _site(node) in self.folds:
                 node.target = merged_weight_again
-                rewrites.append(Rewrite(_site(node), "merged weight recomputed"))
+                rewrites.append(Rewrite(_site(node), Action.WEIGHT_RECOMPUTED))
             elif is_call(node, merged_linear) and node.args[1] is None:
                 source = _source(node.args[0])
                 if source is not None:
@@ -97,7 +98,7 @@ class RecomputeInBackward:
         for source, sites in readers.items():
             source.args = (cast("Any", source.target), *source.args)
             source.target = recomputed
-            rewrites += (Rewrite(site, f"input {source.name} recomputed") for site in sites)
+            rewrites += (Rewrite(site, Action.INPUT_RECOMPUTED, source.name) for site in sites)
         return PassReport(tuple(rewrites))
 
 

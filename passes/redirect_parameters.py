@@ -6,7 +6,8 @@ from typing import ClassVar
 from torch.fx import GraphModule, Node
 
 from vera_fx.passes.engine.graph import Tag, attribute, owner_path
-from vera_fx.passes.engine.protocol import Numerics, PassReport, Rewrite, Skip
+from vera_fx.passes.engine.protocol import Numerics
+from vera_fx.passes.engine.reports import Action, PassReport, Reason, Rewrite, Skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +67,9 @@ class RedirectParameters:
                 if not read.users:
                     gm.graph.erase_node(read)
             if users:
-                rewrites.append(Rewrite(redirect.bases[0], f"reads {redirect.copy}"))
+                rewrites.append(Rewrite(redirect.bases[0], Action.REDIRECTED, redirect.copy))
             elif not _is_read(gm, redirect.copy):
-                skips.append(Skip(redirect.bases[0], "never read in this graph"))
+                skips.append(Skip(redirect.bases[0], Reason.NEVER_READ))
         return PassReport(tuple(rewrites), tuple(skips))
 
 

@@ -15,7 +15,8 @@ from vera_fx.passes.engine.graph import (
     node_arg,
     tensor_of,
 )
-from vera_fx.passes.engine.protocol import Numerics, PassReport, Rewrite, RowError, SiteError
+from vera_fx.passes.engine.protocol import Numerics, RowError, SiteError
+from vera_fx.passes.engine.reports import Action, PassReport, Rewrite
 from vera_fx.passes.rows.facts import row_facts
 from vera_fx.passes.rows.operands import placed, row_product
 from vera_fx.passes.rows.rules import is_pointwise
@@ -125,10 +126,10 @@ class RowVectors:
         lost = {path: reason for path, reason in found.items() if reason is not None}
         if lost:
             raise RowError(lost)
-        done = tuple(Rewrite(str(node.target), "read row by row") for node in reads)
+        done = tuple(Rewrite(str(node.target), Action.READ_BY_ROW) for node in reads)
         for node in reads:
             gm.graph.erase_node(node)
-        return PassReport(done or (Rewrite("", "inputs added"),))
+        return PassReport(done or (Rewrite("", Action.INPUTS_ADDED),))
 
     def _refused(self, gm: GraphModule, node: Node, source: RowSource, *where: Any) -> str | None:
         """Rewrite one read; the reason if that cannot be done."""

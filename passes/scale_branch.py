@@ -7,7 +7,8 @@ import torch
 from torch.fx import GraphModule
 
 from vera_fx.passes.engine.graph import Tag, emit, replace_uses, tensor_of
-from vera_fx.passes.engine.protocol import Numerics, PassReport, Rewrite, Skip
+from vera_fx.passes.engine.protocol import Numerics
+from vera_fx.passes.engine.reports import Action, PassReport, Reason, Rewrite, Skip
 from vera_fx.passes.sites.inserted import InsertedBranch, erase_unused, inserted_branches
 
 aten = torch.ops.aten
@@ -80,12 +81,10 @@ class ScaleBranch:
             if branch.site not in self.sites:
                 continue
             if branch.is_mixed:
-                skips.append(
-                    Skip(branch.site, "the products of branch and base are in different dtypes")
-                )
+                skips.append(Skip(branch.site, Reason.OTHER_DTYPES))
                 continue
             _scale(gm, branch)
-            rewrites.append(Rewrite(branch.site, "branch added by one scaled product"))
+            rewrites.append(Rewrite(branch.site, Action.BRANCH_SCALED))
         return PassReport(tuple(rewrites), tuple(skips))
 
 

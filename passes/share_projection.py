@@ -6,7 +6,8 @@ from typing import Any, ClassVar
 from torch.fx import GraphModule, Node
 
 from vera_fx.passes.engine.graph import tag_of, written_between
-from vera_fx.passes.engine.protocol import Numerics, PassReport, Rewrite, Skip
+from vera_fx.passes.engine.protocol import Numerics
+from vera_fx.passes.engine.reports import Action, PassReport, Reason, Rewrite, Skip
 
 _SHARED = ("cast_in", "cut_A", "cut_B", "A_half", "B_half", "z")
 
@@ -86,19 +87,19 @@ class ShareProjection:
             if tag is None:
                 continue
             if tag.role == "dropout":
-                skips.append(Skip(tag.site, "adapter dropout draws its own mask at every site"))
+                skips.append(Skip(tag.site, Reason.OWN_MASKS))
             if tag.role not in _SHARED:
                 continue
             original = first.setdefault(_key(node), node)
             if original is node:
                 continue
             if not _reads_slots_only(node) and written_between(original, node):
-                skips.append(Skip(tag.site, f"{node.args[0]} may be changed in place before it"))
+                skips.append(Skip(tag.site, Reason.WRITTEN_BETWEEN, str(node.args[0])))
                 first[_key(node)] = node
                 continue
             node.replace_all_uses_with(original)
             gm.graph.erase_node(node)
-            rewrites.append(Rewrite(tag.site, f"{tag.role} shared with {_site(original)}"))
+            rewrites.append(Rewrite(tag.site, Action.SHARED, _site(original), tag.role))
         return PassReport(tuple(rewrites), tuple(skips))
 
 

@@ -15,7 +15,8 @@ from vera_fx.passes.engine.graph import (
     tag_of,
     tensor_of,
 )
-from vera_fx.passes.engine.protocol import Numerics, PassReport, Rewrite, Skip
+from vera_fx.passes.engine.protocol import Numerics
+from vera_fx.passes.engine.reports import Action, PassReport, Reason, Rewrite, Skip
 
 aten = torch.ops.aten
 
@@ -72,10 +73,10 @@ class ZeroMaskedRows:
             if mask is None or _is_done(node):
                 continue
             if tensor_of(mask).dtype != torch.bool:
-                skips.append(Skip(node.name, "its mask is additive"))
+                skips.append(Skip(node.name, Reason.MASK_ADDITIVE))
                 continue
             _zero(gm, node, mask)
-            rewrites.append(Rewrite(node.name, "rows that may look at no key give zeros"))
+            rewrites.append(Rewrite(node.name, Action.ROWS_ZEROED))
         return PassReport(tuple(rewrites), tuple(skips))
 
 

@@ -17,6 +17,7 @@ from vera_fx.errors import (
     ConfigError,
     ExportError,
     PartialCaptureWarning,
+    PassError,
     TargetError,
     VeraFxError,
 )
@@ -55,6 +56,7 @@ __all__ = [
     "ExportError",
     "ParameterSummary",
     "PartialCaptureWarning",
+    "PassError",
     "StoreCounts",
     "TargetError",
     "VeraConfig",

@@ -35,6 +35,10 @@ class ExportError(VeraFxError, ValueError):
     """An adapted model that cannot become a program of its own, or a program that does not fit."""
 
 
+class PassError(VeraFxError, RuntimeError):
+    """A pass failed on a graph: a fault of the library. It names the pass and the site."""
+
+
 class PartialCaptureWarning(UserWarning):
     """A model, or a part of it, runs in Python because it cannot be captured as one graph."""
 

@@ -1,16 +1,20 @@
 """Small tools that every pass uses: reading nodes, emitting nodes, printing graphs."""
 
+import contextlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from operator import getitem
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
+
+from vera_fx.passes.engine.protocol import EmitError
 
 META_KEY = "vera_fx"
 """Nodes made by a pass carry a `Tag` under this key of ``node.meta``."""
@@ -109,7 +113,7 @@ def emit(  # noqa: PLR0913 - what a node is takes that many words
         kwargs: keyword arguments of the operator; no nodes.
     """
     node = gm.graph.create_node("call_function", target, args, kwargs, name=tag.role or None)
-    with torch.no_grad(), fake_mode_of(like):
+    with on_fakes(like, tag.site, target):
         if shape is None:
             node.meta["val"] = target(*map_arg(args, value_of), **(kwargs or {}))
         else:
@@ -119,6 +123,21 @@ def emit(  # noqa: PLR0913 - what a node is takes that many words
             node.meta[key] = like.meta[key]
     node.meta[META_KEY] = tag
     return node
+
+
+@contextlib.contextmanager
+def on_fakes(like: Node, site: str, target: object) -> Generator[None]:
+    """Inside the block operators run on the fake tensors of the graph that ``like`` is of.
+
+    Raises:
+        EmitError: ``target``, which is wanted for ``site``, cannot be run on them.
+    """
+    try:
+        # Open sizes need Python's kernels: without them float16 and bfloat16 fail on torch 2.11.
+        with torch.no_grad(), enable_python_dispatcher(), fake_mode_of(like):
+            yield
+    except Exception as error:
+        raise EmitError(f"{target} cannot be inserted: {error}", site) from error
 
 
 def fake_mode_of(node: Node) -> FakeTensorMode:

@@ -2,10 +2,11 @@
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 from torch.fx import GraphModule
+
+from vera_fx.passes.engine.reports import PassReport
 
 
 class Numerics(enum.Enum):
@@ -14,35 +15,6 @@ class Numerics(enum.Enum):
     BITWISE = "every output is bit-for-bit the same; gradients may round differently"
     ROUNDING = "the same function over the reals, in another floating-point order"
     INTENDED = "the function changes on purpose"
-
-
-@dataclass(frozen=True, slots=True)
-class Rewrite:
-    """One change of the graph: the site or node it is about, and what was done."""
-
-    subject: str
-    action: str
-
-
-@dataclass(frozen=True, slots=True)
-class Skip:
-    """A candidate the pass left alone, and why. Read by users: names the cause, not the code."""
-
-    subject: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class PassReport:
-    """What one pass did to one graph."""
-
-    rewrites: tuple[Rewrite, ...] = ()
-    skips: tuple[Skip, ...] = ()
-
-    @property
-    def changed(self) -> bool:
-        """True if the graph differs; derived, so that a pass cannot misreport it."""
-        return bool(self.rewrites)
 
 
 class GraphPass(Protocol):
@@ -56,7 +28,28 @@ class GraphPass(Protocol):
 
 
 class PassContractError(RuntimeError):
-    """A pass broke its contract (a fault of the pass, not of the user's model)."""
+    """A pass broke its contract (a fault of the pass, not of the user's model).
+
+    Attributes:
+        pass_name: the pass.
+        site: the site that it was at, if that is known.
+    """
+
+    def __init__(self, message: str, pass_name: str, site: str = "") -> None:
+        super().__init__(message)
+        self.pass_name, self.site = pass_name, site
+
+
+class EmitError(RuntimeError):
+    """An operator that a pass wanted to insert cannot be run on what the graph holds.
+
+    Attributes:
+        site: the site that it was for.
+    """
+
+    def __init__(self, message: str, site: str) -> None:
+        super().__init__(message)
+        self.site = site
 
 
 class SiteError(ValueError):

@@ -10,7 +10,8 @@ from pathlib import Path
 from torch.fx import GraphModule
 
 from vera_fx.passes.engine.graph import graph_text
-from vera_fx.passes.engine.protocol import GraphPass, PassContractError, PassReport, SiteError, Skip
+from vera_fx.passes.engine.protocol import GraphPass, PassContractError, SiteError
+from vera_fx.passes.engine.reports import PassReport, Skip
 
 logger = logging.getLogger("vera_fx.passes")
 
@@ -114,7 +115,8 @@ def _run_one(run: _Run, graph_pass: GraphPass) -> None:
     except SiteError:
         raise
     except Exception as error:
-        raise PassContractError(f"{_context(run, name)} failed: {error}") from error
+        site = str(getattr(error, "site", ""))
+        raise PassContractError(f"{_context(run, name)} failed: {error}", name, site) from error
     elapsed = 1e3 * (time.perf_counter() - start)
     if run.options.verify:
         _verify(run, graph_pass, report, text_before)
@@ -141,11 +143,11 @@ def _verify(run: _Run, graph_pass: GraphPass, report: PassReport, text_before: s
     if report.changed != (text_after != text_before):
         did = "changed the graph" if text_after != text_before else "left the graph as it was"
         raise PassContractError(
-            f"{_context(run, name)} {did} but reported {len(report.rewrites)} rewrites"
+            f"{_context(run, name)} {did} but reported {len(report.rewrites)} rewrites", name
         )
     if graph_pass(run.gm).changed or graph_text(run.gm) != text_after:
         raise PassContractError(
-            f"{_context(run, name)} is not idempotent: a second call changed the graph"
+            f"{_context(run, name)} is not idempotent: a second call changed the graph", name
         )
 
 

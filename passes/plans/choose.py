@@ -10,6 +10,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from vera_fx.passes.engine.graph import tensor_of
+from vera_fx.passes.engine.reports import Reason, Why
 from vera_fx.passes.sites.find import Target, find_sites
 
 PLANS = ("factored", "scaled", "merged", "dense")
@@ -67,7 +68,7 @@ class Workload:
         narrow: that precision is float16, in which small gradients vanish: branch products only
             run in it as one scaled product, else in float32.
         itemsize: bytes of one element of the base's weights.
-        restricted: why no other plan than factored is possible (dropout, autocast), or nothing.
+        restricted: why no other plan than factored is possible (dropout, autocast).
         request: ``"auto"``, ``"timed"`` or the plan that the user asked for.
     """
 
@@ -76,7 +77,7 @@ class Workload:
     slow_half: bool = False
     narrow: bool = False
     itemsize: int = 4
-    restricted: str = ""
+    restricted: Reason | None = None
     request: str = "auto"
 
     @property
@@ -95,7 +96,7 @@ class Choice:
     """The result of `choose_plans`: an assignment, its cost, and a reason for every site."""
 
     assignment: Assignment
-    reasons: dict[str, str] = field(default_factory=dict[str, str])
+    reasons: dict[str, Why] = field(default_factory=dict[str, Why])
     cost: float = 0.0
     base_cost: float = 0.0
 
@@ -170,7 +171,7 @@ def _choice(
                 again.add(name)
             choice.cost += found[plan]
             choice.base_cost += found["base"]
-            choice.reasons[name] = _reason(found, tokens, work)
+            choice.reasons[name] = _why(found, tokens, work)
     names = {p: frozenset(n for n, q in plans.items() if q == p) for p in PLANS}
     in_float32 = work.slow_half or (work.narrow and not names["scaled"])
     exact = work.request == "factored" or (in_float32 and work.is_open)
@@ -195,19 +196,19 @@ def allowed(work: Workload) -> tuple[str, ...]:
     return ("scaled",) if work.narrow else PLANS
 
 
-def _reason(costs: Mapping[str, float], tokens: int, work: Workload) -> str:
+def _why(costs: Mapping[str, float], tokens: int, work: Workload) -> Why:
     if work.restricted:
-        return work.restricted
+        return Why(work.restricted)
     if not work.is_open:
-        return "asked for"
+        return Why(Reason.ASKED_FOR)
     if work.slow_half:
-        return "products in float32, as this processor multiplies half precision slowly"
+        return Why(Reason.SLOW_HALF)
     if len(work.ranks) != 1:
-        return "several adapters are active"
+        return Why(Reason.SEVERAL_ACTIVE)
     if work.narrow:
-        return "small gradients would vanish in more than one product in float16"
-    share = ", ".join(f"{name} {costs[name] / costs['factored']:.2f}" for name in PLANS)
-    return f"{tokens} tokens{', timed' * (work.request == 'timed')}: {share}"
+        return Why(Reason.NARROW)
+    shares = tuple((plan, costs[plan] / costs["factored"]) for plan in PLANS)
+    return Why(Reason.TIMED if work.request == "timed" else Reason.CHEAPEST, tokens, shares)
 
 
 def folds_again(T: int, target: Target, work: Workload, sharing: int) -> bool:

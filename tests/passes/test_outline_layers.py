@@ -39,7 +39,7 @@ def outlined(module: nn.Module, least: int = 2) -> tuple[GraphModule, list[str]]
     before = graph(X)[0]
     report = run_passes(graph, (OutlineLayers(least),)).records[0].report
     assert torch.equal(graph(X)[0], before)
-    return graph, [rewrite.action.rpartition(" ")[2] for rewrite in report.rewrites]
+    return graph, [rewrite.other for rewrite in report.rewrites]
 
 
 def test_equal_layers_share_a_body() -> None:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from tests.passes.examples import TwoReaders, adapted_readers, graph_of, two_targets
-from vera_fx.passes import ShareProjection, run_passes, tag_of
+from vera_fx.passes import Reason, ShareProjection, run_passes, tag_of
 
 
 def products(graph: torch.fx.GraphModule) -> int:
@@ -24,9 +24,7 @@ def test_dropout_is_never_shared() -> None:
     report = run_passes(graph, (ShareProjection(),))
 
     assert products(graph) == 2
-    assert [skip.reason for _, skip in report.skips()] == [
-        "adapter dropout draws its own mask at every site"
-    ] * 2
+    assert [skip.reason for _, skip in report.skips()] == [Reason.OWN_MASKS] * 2
 
 
 class WrittenBetween(TwoReaders):
@@ -47,5 +45,7 @@ def test_input_written_in_place_is_not_shared() -> None:
     report = run_passes(graph, (ShareProjection(),))
 
     assert products(graph) == 2
-    assert "changed in place" in report.skips()[0][1].reason
+    skip = report.skips()[0][1]
+    assert (skip.reason, skip.other) == (Reason.WRITTEN_BETWEEN, "mul")
+    assert str(skip) == "mul may be changed in place before it"
     assert all(torch.equal(a, b) for a, b in zip(graph(x), expected, strict=True))

@@ -26,9 +26,9 @@ from vera_fx.base.targets import BANK
 from vera_fx.capturing.open_integers import sizes_as_integers
 from vera_fx.capturing.returned_objects import Stateful, mark_returned
 from vera_fx.capturing.signature import Call, CallReader, map_tensors
-from vera_fx.debug import run_options
 from vera_fx.errors import CaptureError, first_line
-from vera_fx.passes import PipelineReport, cleanup, resolve, run_passes
+from vera_fx.passes import PipelineReport, cleanup, resolve
+from vera_fx.pipelines import run_pipeline
 
 
 @dataclass(slots=True)
@@ -102,7 +102,7 @@ def capture_call(model: nn.Module, forward: Any, reader: CallReader, call: Call)
     with checkpointing_recorded(model) as checkpointed:
         exported = _export(model, forward, reader, call, stateful)
     graph = bind_live(exported, model)
-    report = run_passes(graph, cleanup(), run_options("capture"))
+    report = run_pipeline(graph, cleanup(), "capture")
     values = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
     return Capture(
         graph=graph,

@@ -16,7 +16,7 @@ from vera_fx.base.targets import weight_of
 from vera_fx.capturing.export_call import Capture
 from vera_fx.capturing.signature import Call
 from vera_fx.checkpoint.state_dict import owned_tensors
-from vera_fx.errors import AdapterError, ExportError
+from vera_fx.errors import AdapterError, ExportError, TargetError
 from vera_fx.export.files import constant_name
 from vera_fx.export.module import Read
 from vera_fx.graphs.variants import copy_of
@@ -27,13 +27,13 @@ from vera_fx.passes import (
     Assignment,
     FoldWeights,
     RedirectParameters,
+    RowError,
     RowSource,
     RowVectors,
-    SiteError,
     adaptation,
     resolve,
-    run_passes,
 )
+from vera_fx.pipelines import run_pipeline
 
 FORMS = ("merged", "constant", "input", "rows")
 _FOLDED = "folded"
@@ -63,15 +63,15 @@ def graph_of(
     plan = _plan(bank, adapter, capture)
     if form == "merged":
         folded = _fold(model, bank, name, graph)
-        run_passes(graph, (RedirectParameters(plan.redirects), folded))
+        run_pipeline(graph, (RedirectParameters(plan.redirects), folded), "export")
         return graph, _reads(model, bank, adapter, form) | _folded_reads(model, folded, graph)
     reads = _reads(model, bank, adapter, form)
     if form == "rows":
         plan = replace(plan, rows=_row_vectors(model, reads, capture, call))
     try:
         # Factored: the plans that merge within the call are no plain ATen operators.
-        run_passes(graph, adaptation(plan, Assignment()))
-    except SiteError as error:
+        run_pipeline(graph, adaptation(plan, Assignment()), "export")
+    except (TargetError, RowError) as error:
         raise ExportError(f"form={form!r} cannot be exported: {error}") from error
     return graph, reads
 

@@ -22,7 +22,8 @@ from vera_fx.export.rows import RowProgramModule, row_arguments
 from vera_fx.export.vectors import describe_program
 from vera_fx.graphs.runtime import prepare, require_adapted, runtime_of
 from vera_fx.mixing.rows_of_call import row_count
-from vera_fx.passes import GraphPass, run_passes
+from vera_fx.passes import GraphPass
+from vera_fx.pipelines import run_pipeline
 
 
 def export_program(
@@ -89,7 +90,7 @@ def export_call(
             raise CaptureError(f"{type(model).__name__} cannot become a program: {reason}")
         _check_call(prepared.call)
         graph, reads = graph_of(model, name, form, prepared.capture, prepared.call)
-        run_passes(graph, passes)
+        run_pipeline(graph, passes, "export")
         kind = RowProgramModule if form == "rows" else ProgramModule
         program, vectors = own(graph, reads, prepared.capture, kind)
         arguments = {n: v for n, v in prepared.call.arguments.items() if _has_tensor(v)}

@@ -12,10 +12,11 @@ from vera_fx.capturing.export_call import Capture
 from vera_fx.capturing.signature import Call
 from vera_fx.errors import AdapterError
 from vera_fx.graphs.planning import mixed_assignment, mixed_choice, open_sizes, planner, workload
-from vera_fx.graphs.variants import Variant, adapt_graph, as_target_errors
+from vera_fx.graphs.variants import Variant, adapt_graph
 from vera_fx.mixing.mixer import Mix, Mixer
 from vera_fx.mixing.rows_of_call import rows_among
 from vera_fx.passes import Choice, RowError
+from vera_fx.pipelines import as_library_errors
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -44,7 +45,7 @@ def mixed(model: nn.Module, capture: Capture, call: Call, mix: Mix) -> Variant:
     variants = capture.variants.setdefault((mix.mixer.structure, batched), {})
     assignment = mixed_assignment(model, bank)
     if assignment not in variants:
-        with as_target_errors():
+        with as_library_errors():
             choice = mixed_choice(model, capture.graph, bank)
         variants[assignment] = _mixed_variant(mix.mixer, capture, batched, choice)
     return variants[assignment]
@@ -79,7 +80,7 @@ def _choose(model: nn.Module, capture: Capture, call: Call, known: list[Any]) ->
     bank = bank_of(model)
     structure = _structure(bank, capture)
     if structure not in capture.planners:
-        with as_target_errors():
+        with as_library_errors():
             capture.planners[structure] = planner(model, capture.graph)
     sizes = open_sizes(capture.values, call.leaves)
     work = workload(model, capture.training, trains=torch.is_grad_enabled())

@@ -17,7 +17,9 @@ from vera_fx.passes import (
     Assignment,
     Choice,
     Costs,
+    Reason,
     SiteGroup,
+    Why,
     Workload,
     choose_plans,
     site_groups,
@@ -123,14 +125,12 @@ def mixed_choice(model: nn.Module, graph: torch.fx.GraphModule, bank: AdapterBan
     """`mixed_assignment` with the reason for every site of a captured graph."""
     groups = site_groups(graph, list(bank.targets.values()))
     sites = [name for group in groups for name, _ in group.sites]
-    return Choice(
-        mixed_assignment(model, bank), dict.fromkeys(sites, "rows have adapters of their own")
-    )
+    return Choice(mixed_assignment(model, bank), dict.fromkeys(sites, Why(Reason.PER_ROW)))
 
 
-def _restriction(adapters: Sequence[Adapter], train_mode: bool) -> str:
+def _restriction(adapters: Sequence[Adapter], train_mode: bool) -> Reason | None:
     if train_mode and any(adapter.config.vera_dropout for adapter in adapters):
-        return "dropout on the branch's input, which only the factored plan can do"
+        return Reason.DROPOUT
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-        return "autocast, under which only the factored plan rounds as PEFT does"
-    return ""
+        return Reason.AUTOCAST
+    return None

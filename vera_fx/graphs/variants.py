@@ -1,6 +1,5 @@
 """Adapted graphs: a captured graph after the passes, for one structure of the bank and its plans."""
 
-import contextlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -11,22 +10,19 @@ from torch.fx import Graph, GraphModule
 from vera_fx._torch import skip_frame
 from vera_fx.bank.slots import served_path
 from vera_fx.capturing.export_call import Capture
-from vera_fx.debug import outline_least, run_options
-from vera_fx.errors import TargetError
+from vera_fx.debug import outline_least
 from vera_fx.passes import (
     AdaptationPlan,
     Choice,
     PipelineReport,
-    RowError,
-    SiteError,
     adaptation,
     is_outlined,
-    run_passes,
     training,
 )
+from vera_fx.pipelines import run_pipeline
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
 
 @dataclass(slots=True)
@@ -63,7 +59,7 @@ class Variant:
         if self.trained is None:
             trained = copy_of(self.graph)
             passes = training(self.choice.assignment, outline_least())
-            report = run_passes(trained, passes, run_options("train"))
+            report = run_pipeline(trained, passes, "train")
             self.report += report
             changed = any(record.report.rewrites for record in report.records)
             self.trained = trained if changed else self.graph
@@ -81,23 +77,11 @@ def _served(graph: GraphModule) -> GraphModule:
     return served
 
 
-@contextlib.contextmanager
-def as_target_errors() -> "Iterator[None]":
-    """What passes say of a site, as the error that users know."""
-    try:
-        yield
-    except RowError:  # an answer to mixtures, not to users
-        raise
-    except SiteError as error:
-        raise TargetError(str(error)) from error
-
-
 def adapt_graph(plan: AdaptationPlan, capture: Capture, choice: Choice) -> Variant:
     """Run the adapting passes on a copy of a captured graph."""
     graph = copy_of(capture.graph)
     passes = adaptation(plan, choice.assignment, capture.checkpointed)
-    with as_target_errors():
-        report = run_passes(graph, passes, run_options("adapt"))
+    report = run_pipeline(graph, passes, "adapt")
     return Variant(graph, report, choice)
 
 

@@ -1,7 +1,9 @@
 """Tells what was adapted, in which graphs, by which passes, and what was left alone and why."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -9,7 +11,7 @@ from vera_fx.bank.bank import AdapterBank
 from vera_fx.capturing.export_call import Capture
 from vera_fx.graphs.runtime import require_adapted, runtime_of
 from vera_fx.graphs.variants import Variant
-from vera_fx.passes import PipelineReport, Target
+from vera_fx.passes import Action, PipelineReport, Skip, Target, Why
 from vera_fx.report.page import html_of
 from vera_fx.report.picture import svg_of
 
@@ -27,6 +29,21 @@ class TargetRow:
     parameters: int
 
 
+class SitePlan(NamedTuple):
+    """How one site's branch is computed.
+
+    Attributes:
+        site: its name.
+        plan: the plan that the graph follows.
+        why: the reason with the costs that decided, or what kept a pass from following another plan.
+            ``str()`` is a text.
+    """
+
+    site: str
+    plan: str
+    why: Why | Skip
+
+
 @dataclass(frozen=True, slots=True)
 class GraphRow:
     """One adapted graph.
@@ -35,15 +52,14 @@ class GraphRow:
         signature: the inputs with dtypes and sizes; names such as ``s0`` are sizes left open.
         mode: ``train``, ``eval`` or ``mixed``.
         sites: names of the sites that got a branch, in the graph's order.
-        plans: ``(site, plan, why)`` for each of them; the figures behind "why" are the modelled
-            costs of the plans relative to the factored one.
+        plans: for each of them its plan, and why.
         report: what every pass did, cleanup first.
     """
 
     signature: str
     mode: str
     sites: tuple[str, ...]
-    plans: tuple[tuple[str, str, str], ...]
+    plans: tuple[SitePlan, ...]
     report: PipelineReport
 
 
@@ -108,15 +124,13 @@ class Explanation:
 
 
 def _count_plans(graph: GraphRow) -> str:
-    reasons: dict[tuple[str, str], int] = {}
-    for _, plan, why in graph.plans:
-        reasons[plan, why] = reasons.get((plan, why), 0) + 1
+    reasons = Counter((plan, str(why)) for _, plan, why in graph.plans)
     return "; ".join(f"{count} {plan} ({why})" for (plan, why), count in reasons.items())
 
 
 def _skips(report: PipelineReport) -> Iterator[str]:
     for name, skip in report.skips():
-        yield f"  left alone by {name}: {skip.subject}: {skip.reason}"
+        yield f"  left alone by {name}: {skip.subject}: {skip}"
 
 
 def _table(header: Sequence[object], rows: Sequence[Sequence[object]]) -> Iterator[str]:
@@ -171,7 +185,8 @@ def _target_row(bank: AdapterBank, target: Target) -> TargetRow:
 
 def _graph_row(capture: Capture, variant: Variant) -> GraphRow:
     modes = set(capture.training.values())
-    sites = next(r.report.rewrites for r in variant.report.records if r.name == "InsertVera")
+    rewrites = [w for record in variant.report.records for w in record.report.rewrites]
+    sites = [rewrite for rewrite in rewrites if rewrite.action is Action.BRANCH_ADDED]
     return GraphRow(
         signature=_signature(capture),
         mode="mixed" if len(modes) > 1 else "train" if True in modes else "eval",
@@ -181,12 +196,13 @@ def _graph_row(capture: Capture, variant: Variant) -> GraphRow:
     )
 
 
-def _plan(variant: Variant, site: str) -> tuple[str, str, str]:
+def _plan(variant: Variant, site: str) -> SitePlan:
     """The plan that the graph really follows: a pass may have left the site as it was."""
-    skipped = {s.subject: s.reason for name, s in variant.report.skips() if name in _PLAN_PASSES}
+    skipped = {s.subject: s for name, s in variant.report.skips() if name in _PLAN_PASSES}
     if site in skipped:
-        return site, "factored", skipped[site]
-    return site, variant.choice.assignment.plan_of(site), variant.choice.reasons.get(site, "")
+        return SitePlan(site, "factored", skipped[site])
+    plan = variant.choice.assignment.plan_of(site)
+    return SitePlan(site, plan, variant.choice.reasons[site])
 
 
 def _signature(capture: Capture) -> str:

@@ -1,5 +1,6 @@
 """`explain` as a page of its own: no scripts, nothing loaded from elsewhere."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from html import escape
 from typing import Any
@@ -59,7 +60,7 @@ def _graph(explanation: Explanation, number: int, graph: GraphRow) -> Iterator[s
     yield "</details><details open><summary>passes</summary>"
     yield from _passes(graph)
     yield "</details>"
-    skips = [(name, skip.subject, skip.reason) for name, skip in graph.report.skips()]
+    skips = [(name, skip.subject, str(skip)) for name, skip in graph.report.skips()]
     if skips:
         yield "<details><summary>left alone</summary>"
         yield from _table(("by", "what", "why"), skips)
@@ -67,9 +68,7 @@ def _graph(explanation: Explanation, number: int, graph: GraphRow) -> Iterator[s
 
 
 def _reasons(graph: GraphRow) -> list[tuple[object, ...]]:
-    counts: dict[tuple[str, str], int] = {}
-    for _, plan, why in graph.plans:
-        counts[plan, why] = counts.get((plan, why), 0) + 1
+    counts = Counter((plan, str(why)) for _, plan, why in graph.plans)
     return [(count, plan, why) for (plan, why), count in counts.items()]
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from vera_fx.passes import Action
+
 # `explain` imports this file, so its types are named in words only.
 Explanation = Any
 GraphRow = Any
@@ -95,10 +97,9 @@ def _owners(graph: GraphRow, plans: dict[str, str]) -> dict[str, str]:
     """For each site that shares its product ``x·Aᵀ`` the first one that uses it, which is named, too."""
     found: dict[str, str] = {}
     for record in graph.report.records:
-        for rewrite in record.report.rewrites if record.name == "ShareProjection" else ():
-            role, _, owner = rewrite.action.partition(" shared with ")
-            if role == "z":
-                found |= {owner: owner, rewrite.subject: owner}
+        for rewrite in record.report.rewrites:
+            if rewrite.action is Action.SHARED and rewrite.role == "z":
+                found |= {rewrite.other: rewrite.other, rewrite.subject: rewrite.other}
     return {site: owner for site, owner in found.items() if plans.get(site, "dense") != "dense"}
 
 

@@ -9,6 +9,7 @@ import torch
 
 from tests.passes.examples import EXAMPLES, adapted_readers
 from vera_fx.passes import (
+    Action,
     InsertVera,
     Numerics,
     PassContractError,
@@ -41,7 +42,7 @@ class Boastful:
     numerics: ClassVar[Numerics] = Numerics.BITWISE
 
     def __call__(self, gm: torch.fx.GraphModule, /) -> PassReport:
-        return PassReport((Rewrite("x", "nothing at all"),))
+        return PassReport((Rewrite("x", Action.MADE_CONTIGUOUS),))
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Restless:
 
     def __call__(self, gm: torch.fx.GraphModule, /) -> PassReport:
         Silent()(gm)
-        return PassReport((Rewrite("x", "one more alias"),))
+        return PassReport((Rewrite("x", Action.MADE_CONTIGUOUS),))
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Broken:
         nodes = [n for n in gm.graph.nodes if n.op == "call_function"]
         nodes[0].prepend(nodes[-1])
         nodes[-1].args = (nodes[-1],)
-        return PassReport((Rewrite("x", "broken"),))
+        return PassReport((Rewrite("x", Action.MADE_CONTIGUOUS),))
 
 
 @pytest.mark.parametrize(
