@@ -19,8 +19,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import vera_fx
+from vera_fx.branches.vera.reference import vera_delta
 from vera_fx.graphs import planning
-from vera_fx.reference import vera_delta
 
 console = Console(width=120)
 FAMILIES = ("roberta", "llama")

@@ -6,7 +6,8 @@ from vera_fx.passes.checkpoint_layers import CheckpointLayers
 from vera_fx.passes.contiguous_attention import ContiguousAttention
 from vera_fx.passes.drop_idle_dropout import DropIdleDropout
 from vera_fx.passes.drop_metadata_asserts import DropMetadataAsserts
-from vera_fx.passes.engine.graph import META_KEY, Tag, graph_text, module_paths, resolve, tag_of
+from vera_fx.passes.engine.functions import recomputed
+from vera_fx.passes.engine.graph import META_KEY, Put, Tag, module_paths, resolve, tag_of, tensor_of
 from vera_fx.passes.engine.protocol import (
     GraphPass,
     Numerics,
@@ -16,29 +17,26 @@ from vera_fx.passes.engine.protocol import (
 )
 from vera_fx.passes.engine.reports import Action, PassReport, Reason, Rewrite, Skip, Why
 from vera_fx.passes.engine.runner import PassRecord, PipelineReport, RunOptions, run_passes
+from vera_fx.passes.engine.text import graph_text
 from vera_fx.passes.fold_weights import FoldWeights
 from vera_fx.passes.inline_grad_mode import InlineGradMode
-from vera_fx.passes.insert_vera import Branch, InsertVera
+from vera_fx.passes.insert_branches import InsertBranches
 from vera_fx.passes.lower_branch import LowerBranch
 from vera_fx.passes.merge_weight import MergeWeight
 from vera_fx.passes.outline_layers import OutlineLayers, is_outlined
-from vera_fx.passes.plans.choose import (
-    PLANS,
-    Assignment,
-    Choice,
-    Costs,
-    SiteGroup,
-    Workload,
-    allowed,
-    choose_plans,
-    site_groups,
-)
+from vera_fx.passes.plans.choose import SiteGroup, allowed, choose_plans, site_groups
+from vera_fx.passes.plans.plan import PLANS, Assignment, Choice, PlanCosts, Workload
 from vera_fx.passes.recompute_in_backward import RecomputeInBackward
 from vera_fx.passes.redirect_parameters import Redirect, RedirectParameters
 from vera_fx.passes.row_vectors import RowSource, RowVectors
 from vera_fx.passes.scale_branch import ScaleBranch
 from vera_fx.passes.share_projection import ShareProjection
-from vera_fx.passes.sites.find import Site, SiteSearch, Target, find_sites
+from vera_fx.passes.sites.find import Site, SiteSearch, find_sites
+from vera_fx.passes.sites.inserted import InsertedBranch, input_of, past_cast
+from vera_fx.passes.sites.kinds import Branch, BranchGraph
+from vera_fx.passes.sites.products import BaseCall, BaseProduct
+from vera_fx.passes.sites.read_weight import ReadWeight
+from vera_fx.passes.sites.target import Target
 from vera_fx.passes.zero_masked_rows import ZeroMaskedRows
 
 __all__ = [
@@ -47,17 +45,20 @@ __all__ = [
     "Action",
     "AdaptationPlan",
     "Assignment",
+    "BaseCall",
+    "BaseProduct",
     "Branch",
+    "BranchGraph",
     "CheckpointLayers",
     "Choice",
     "ContiguousAttention",
-    "Costs",
     "DropIdleDropout",
     "DropMetadataAsserts",
     "FoldWeights",
     "GraphPass",
     "InlineGradMode",
-    "InsertVera",
+    "InsertBranches",
+    "InsertedBranch",
     "LowerBranch",
     "MergeWeight",
     "Numerics",
@@ -66,6 +67,9 @@ __all__ = [
     "PassRecord",
     "PassReport",
     "PipelineReport",
+    "PlanCosts",
+    "Put",
+    "ReadWeight",
     "Reason",
     "RecomputeInBackward",
     "Redirect",
@@ -93,12 +97,16 @@ __all__ = [
     "cleanup",
     "find_sites",
     "graph_text",
+    "input_of",
     "is_outlined",
     "module_paths",
+    "past_cast",
+    "recomputed",
     "resolve",
     "run_passes",
     "site_groups",
     "tag_of",
+    "tensor_of",
     "training",
 ]
 
@@ -130,7 +138,7 @@ def adaptation(
     """
     return (
         # First: it finds sites by the base's weights, which may be redirected as well.
-        InsertVera(plan.targets, plan.branches),
+        InsertBranches(plan.targets, plan.branches),
         RedirectParameters(plan.redirects),
         plan.rows,
         LowerBranch(enabled=not assignment.exact),

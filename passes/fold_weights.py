@@ -6,10 +6,11 @@ from typing import ClassVar
 import torch
 from torch.fx import GraphModule, Node
 
-from vera_fx.passes.engine.graph import Tag, attribute, emit, tensor_of
-from vera_fx.passes.engine.protocol import Numerics
+from vera_fx.passes.engine.graph import Put, Tag, attribute, tensor_of
+from vera_fx.passes.engine.protocol import Numerics, SiteError
 from vera_fx.passes.engine.reports import Action, PassReport, Reason, Rewrite, Skip
-from vera_fx.passes.sites.find import Site, Target, find_sites, linear_operands
+from vera_fx.passes.sites.find import Site, find_sites
+from vera_fx.passes.sites.target import Target
 
 aten = torch.ops.aten
 
@@ -71,18 +72,20 @@ class FoldWeights:
 
 
 def _reads(site: Site, path: str) -> bool:
-    return linear_operands(site.node)[1].target == path
+    weight = site.call.weight
+    return weight is not None and weight.target == path
 
 
 def _fold(gm: GraphModule, site: Site, path: str) -> None:
-    _, old, _, layout = linear_operands(site.node)
-    tag = Tag(_ME, site.name, "folded")
-    new = attribute(gm, path, like=old, tag=tag)
+    call, put = site.call, Put(gm, _ME, site.name, site.node)
+    old = call.weight
+    if old is None:
+        raise SiteError(f"the weight of target {site.target.path!r} is not read by the graph")
+    new = attribute(gm, path, like=old, tag=Tag(_ME, site.name, "folded"))
     with gm.graph.inserting_before(site.node):
-        if layout != site.target.layout:
-            new = emit(gm, aten.transpose.int, (new, 0, 1), like=site.node, tag=tag)
-        if tensor_of(new).dtype != tensor_of(old).dtype:
-            new = emit(gm, aten.to.dtype, (new, tensor_of(old).dtype), like=site.node, tag=tag)
+        if call.layout != site.target.product.layout:
+            new = put(aten.transpose.int, new, 0, 1, role="folded")
+        new = put.cast(new, tensor_of(old).dtype, role="folded")
     site.node.replace_input_with(old, new)
     _erase_unread(gm, old)
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch.fx import GraphModule, Node
 
-from vera_fx.passes.engine.graph import Tag, emit, tag_of, tensor_of
+from vera_fx.passes.engine.graph import Put, Tag, emit, tag_of, tensor_of
 from vera_fx.passes.engine.protocol import Numerics
 from vera_fx.passes.engine.reports import Action, PassReport, Rewrite
 from vera_fx.passes.sites.inserted import InsertedBranch, erase_unused, input_of, inserted_branches
@@ -70,7 +70,7 @@ class LowerBranch:
         %cast_out: bf16[s0, 5] = to.dtype(%add, torch.bfloat16)
         return [%cast_out]
 
-    Needs: branches inserted by `InsertVera`.
+    Needs: branches inserted by `InsertBranches`.
     Keeps: values and gradients to the rounding of the base's dtype.
     Skips: nothing; a branch in the base's dtype is left as it is.
     """
@@ -106,24 +106,21 @@ def _half_source(branch: InsertedBranch) -> Node | None:
 
 
 def _lower(gm: GraphModule, branch: InsertedBranch, source: Node, dtype: torch.dtype) -> None:
-    def put(node: Node, role: str) -> Node:
-        tag = Tag(_ME, branch.site, role)
-        return emit(gm, aten.to.dtype, (node, dtype), like=node, tag=tag)
-
-    u = input_of(branch.update)
-    with gm.graph.inserting_before(branch.z):
-        # Dropout stays in float32, so that its masks are PEFT's.
-        x = put(branch.x, "x_half") if branch.has_dropout else source
-        z = _product(gm, branch, x, put(branch.A, "A_half"), like=branch.z)
-    branch.z.replace_all_uses_with(z)
-    with gm.graph.inserting_before(u):
-        h = put(input_of(u), "h_half")
-        lowered = _product(gm, branch, h, put(branch.B, "B_half"), like=u)
-    u.replace_all_uses_with(lowered)
-    erase_unused(gm, u, branch.z)
+    # Dropout stays in float32, so that its masks are PEFT's.
+    lowered = None if branch.has_dropout else source
+    for product, projection in branch.products:
+        with gm.graph.inserting_before(product):
+            put = Put(gm, _ME, branch.site, product)
+            x = lowered or put.cast(input_of(product), dtype, role=f"{_letter(product)}_half")
+            A = put.cast(input_of(product, 1), dtype, role=f"{projection}_half", shared=True)
+            tag = tag_of(product) or Tag(_ME, branch.site)
+            new = emit(gm, aten.linear.default, (x, A), like=product, tag=tag)
+        product.replace_all_uses_with(new)
+        lowered = None
+    erase_unused(gm, *(product for product, _ in reversed(branch.products)))
 
 
-def _product(gm: GraphModule, branch: InsertedBranch, x: Node, A: Node, *, like: Node) -> Node:
-    """``x @ A.T`` in the place of ``like``, and under its tag."""
-    tag = tag_of(like) or Tag(_ME, branch.site)
-    return emit(gm, aten.linear.default, (x, A), like=like, tag=tag)
+def _letter(product: Node) -> str:
+    """What the input of a product is called: ``x``, or the role of what made it."""
+    tag = tag_of(input_of(product))
+    return "x" if tag is None or tag.role in {"dropout", "cast_in"} else tag.role

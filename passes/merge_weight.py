@@ -3,17 +3,13 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
-from vera_fx.passes.engine.functions import merged_linear, merged_weight
-from vera_fx.passes.engine.graph import Tag, emit, replace_uses, tensor_of
+from vera_fx.passes.engine.graph import Put, replace_uses
 from vera_fx.passes.engine.protocol import Numerics
 from vera_fx.passes.engine.reports import Action, PassReport, Reason, Rewrite, Skip
-from vera_fx.passes.sites.find import linear_operands
 from vera_fx.passes.sites.inserted import InsertedBranch, erase_unused, inserted_branches
-
-aten = torch.ops.aten
+from vera_fx.passes.sites.products import linear_call
 
 _ME = "MergeWeight"
 
@@ -61,7 +57,7 @@ class MergeWeight:
         %merged: f32[s0, 5] = merged_linear(%x, %z, %merged_weight, %lin_weight, %lin_bias, %cut_A, %cut_B, %slot_lambda_d, %slot_lambda_b)
         return [%merged]
 
-    Needs: branches inserted by `InsertVera`, alone at their site.
+    Needs: branches inserted by `InsertBranches`, alone at their site.
     Keeps: values and gradients to rounding; differentiable once.
     Skips: a site with several branches or with dropout on its branch.
     """  # noqa: E501
@@ -98,20 +94,12 @@ def cannot_merge(branch: InsertedBranch) -> Reason | None:
 
 def _merge(gm: GraphModule, branch: InsertedBranch, *, through_z: bool) -> None:
     base = branch.total
-    x, weight, bias, layout = linear_operands(base)
-    tag = Tag(_ME, branch.site, "merged")
-    with gm.graph.inserting_before(branch.add):
-        if layout == "in_out":
-            flipped = Tag(_ME, branch.site, "weight_t")
-            weight = emit(gm, aten.t.default, (weight,), like=base, tag=flipped)
-        z: Node | None = branch.z if through_z else None
-        vera = (branch.A, branch.B, branch.d, branch.b)
-        folded = Tag(_ME, branch.site, "merged_weight")
-        shape = tensor_of(weight).shape
-        fold = emit(gm, merged_weight, (weight, *vera), like=base, tag=folded, shape=shape)
-        operands = (x, z, fold, weight, bias, *vera)
-        shape = tensor_of(base).shape
-        merged = emit(gm, merged_linear, operands, like=base, tag=tag, shape=shape)
+    call = linear_call(base)
+    if call is None:
+        raise TypeError(f"{base.name} is no linear call")
+    with gm.graph.inserting_before(branch.end):
+        put = Put(gm, _ME, branch.site, base)
+        merged = branch.kind.merge(put, branch, call, through_z=through_z)
     last = branch.output
     replace_uses(last, merged)
     erase_unused(gm, last)

@@ -7,9 +7,6 @@ import torch
 from torch.fx import GraphModule, Node
 
 from vera_fx.passes.engine.functions import (
-    merged_linear,
-    merged_weight,
-    merged_weight_again,
     recomputed,
 )
 from vera_fx.passes.engine.graph import is_call, tag_of
@@ -88,23 +85,20 @@ class RecomputeInBackward:
         rewrites: list[Rewrite] = []
         readers: dict[Node, list[str]] = {}
         for node in gm.graph.nodes:
-            if is_call(node, merged_weight) and _site(node) in self.folds:
-                node.target = merged_weight_again
-                rewrites.append(Rewrite(_site(node), Action.WEIGHT_RECOMPUTED))
-            elif is_call(node, merged_linear) and node.args[1] is None:
-                source = _source(node.args[0])
-                if source is not None:
-                    readers.setdefault(source, []).append(_site(node))
+            tag = tag_of(node)
+            if tag is None:
+                continue
+            if tag.again is not None and tag.site in self.folds and node.target is not tag.again:
+                node.target = tag.again
+                rewrites.append(Rewrite(tag.site, Action.WEIGHT_RECOMPUTED))
+            source = None if tag.keeps is None else _source(node.args[tag.keeps])
+            if source is not None:
+                readers.setdefault(source, []).append(tag.site)
         for source, sites in readers.items():
             source.args = (cast("Any", source.target), *source.args)
             source.target = recomputed
             rewrites += (Rewrite(site, Action.INPUT_RECOMPUTED, source.name) for site in sites)
         return PassReport(tuple(rewrites))
-
-
-def _site(node: Node) -> str:
-    tag = tag_of(node)
-    return "" if tag is None else tag.site
 
 
 def _source(value: object) -> Node | None:

@@ -3,15 +3,12 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch.fx import GraphModule
 
-from vera_fx.passes.engine.graph import Tag, emit, replace_uses, tensor_of
+from vera_fx.passes.engine.graph import Put, replace_uses
 from vera_fx.passes.engine.protocol import Numerics
 from vera_fx.passes.engine.reports import Action, PassReport, Reason, Rewrite, Skip
 from vera_fx.passes.sites.inserted import InsertedBranch, erase_unused, inserted_branches
-
-aten = torch.ops.aten
 
 _ME = "ScaleBranch"
 
@@ -65,7 +62,7 @@ class ScaleBranch:
         %scaled: f32[s0, 5] = addmm(%linear, %z, %E_t)
         return [%scaled]
 
-    Needs: branches inserted by `InsertVera`.
+    Needs: branches inserted by `InsertBranches`.
     Keeps: values and gradients to rounding.
     Skips: a branch whose products are in another dtype than its base's.
     """
@@ -89,28 +86,8 @@ class ScaleBranch:
 
 
 def _scale(gm: GraphModule, branch: InsertedBranch) -> None:
-    like, flat = branch.add, tensor_of(branch.z).ndim == 2  # noqa: PLR2004
-    with gm.graph.inserting_before(branch.add):
-
-        def put(target: object, *args: object, role: str):
-            return emit(gm, target, args, like=like, tag=Tag(_ME, branch.site, role))  # type: ignore[arg-type]
-
-        column = put(aten.unsqueeze.default, branch.b, 1, role="b_column")
-        rows = put(aten.mul.Tensor, branch.B, column, role="b_rows")
-        E_OR = put(aten.mul.Tensor, rows, branch.d, role="E")
-        total, z = branch.total, branch.z
-        scale = E_OR
-        if tensor_of(E_OR).dtype != tensor_of(z).dtype:
-            scale = put(aten.to.dtype, E_OR, tensor_of(z).dtype, role="E_half")
-        E_RO = put(aten.t.default, scale, role="E_t")
-        if not flat:
-            total = put(
-                aten.reshape.default, total, [-1, tensor_of(total).shape[-1]], role="flat_y"
-            )
-            z = put(aten.reshape.default, z, [-1, tensor_of(z).shape[-1]], role="flat_z")
-        scaled = put(aten.addmm.default, total, z, E_RO, role="scaled")
-        if not flat:
-            scaled = put(aten.view_as.default, scaled, branch.total, role="unflat")
+    with gm.graph.inserting_before(branch.end):
+        scaled = branch.kind.scale(Put(gm, _ME, branch.site, branch.end), branch)
     last = branch.output
     replace_uses(last, scaled)
     erase_unused(gm, last)

@@ -9,8 +9,6 @@ from vera_fx.passes.engine.graph import tag_of, written_between
 from vera_fx.passes.engine.protocol import Numerics
 from vera_fx.passes.engine.reports import Action, PassReport, Reason, Rewrite, Skip
 
-_SHARED = ("cast_in", "cut_A", "cut_B", "A_half", "B_half", "z")
-
 
 @dataclass(frozen=True, slots=True)
 class ShareProjection:
@@ -69,7 +67,7 @@ class ShareProjection:
         %add_1: f32[s0, 5] = add(%linear_1, %update_1)
         return [%add, %add_1]
 
-    Needs: branches inserted by `InsertVera`.
+    Needs: branches inserted by `InsertBranches`.
     Keeps: every output bit for bit; gradients to rounding.
     Skips: products behind dropout (each site draws its own mask), and products whose input is
     changed in place between the two.
@@ -88,7 +86,7 @@ class ShareProjection:
                 continue
             if tag.role == "dropout":
                 skips.append(Skip(tag.site, Reason.OWN_MASKS))
-            if tag.role not in _SHARED:
+            if not tag.shared:
                 continue
             original = first.setdefault(_key(node), node)
             if original is node:

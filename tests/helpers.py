@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import vera_fx
-from vera_fx.reference import vera_branch
+from vera_fx.branches.vera.reference import vera_branch
 
 TOLERANCE = {
     torch.float64: (1e-10, 1e-12),

@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from vera_fx.branches.kinds import KINDS
+
 ROOT = Path(__file__).parents[1]
 CROWDED = 12
 LONG = 300
@@ -112,6 +114,31 @@ def test_passes_know_torch_alone() -> None:
                         path
                     )
                     assert not name.startswith("vera_fx") or name.startswith("vera_fx.passes"), path
+
+
+def test_kinds_are_known_by_their_lists_alone() -> None:
+    """A new kind of branch or base product is a folder or a file, and a line in its list."""
+    known = modules(ROOT)
+    inside = re.compile(r"vera_fx\.(branches\.\w+\.|products\.(?!kinds|protocol))")
+    for name, path in known.items():
+        room = room_of(name, known)
+        if room not in {"branches", "products", "face"}:
+            found = [other for other in imported(path, known) if inside.match(f"{other}.")]
+            allowed = {"vera_fx.branches.kinds", "vera_fx.branches.protocol"}
+            assert set(found) <= allowed, f"{name} knows one kind: {found}"
+
+
+def test_no_kind_is_named_outside_of_its_folder() -> None:
+    names = {n for kind in KINDS for n in (*kind.parameters.shared, *kind.parameters.own)}
+    words = re.compile("|".join((r"lambda_[db]\b", *names)))
+    for name, path in modules(ROOT).items():
+        if ".branches." not in name:
+            lines = path.read_text(encoding="utf-8").splitlines()
+            # Golden graphs in the docstrings of passes are VeRA's.
+            found = [
+                line for line in lines if words.search(line) and not line.startswith("        %")
+            ]
+            assert found == [], path
 
 
 def test_rooms_say_what_they_hold() -> None:

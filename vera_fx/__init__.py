@@ -1,6 +1,7 @@
 """VeRA adapters by a graph pass: adapt, train, compile, save; interchangeable with PEFT."""
 
 from vera_fx._moved import know_old_names
+from vera_fx.branches.vera.config import VeraConfig
 from vera_fx.checkpoint.loading import load_adapter
 from vera_fx.checkpoint.lora import lora_errors, to_lora
 from vera_fx.checkpoint.saving import save_adapter, save_adapters
@@ -9,7 +10,6 @@ from vera_fx.checkpoint.state_dict import (
     load_adapter_state_dict,
 )
 from vera_fx.checkpoint.store import AdapterStore, StoreCounts
-from vera_fx.config import VeraConfig
 from vera_fx.errors import (
     AdapterError,
     CaptureError,

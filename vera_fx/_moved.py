@@ -13,12 +13,19 @@ MOVED = {
     "vera_fx.hooks": "vera_fx.bank.hooks",
     "vera_fx.mixer": "vera_fx.mixing.mixer",
     "vera_fx.packed": "vera_fx.bank.packed",
+    "vera_fx.reference": "vera_fx.branches.vera.reference",
     "vera_fx.projections": "vera_fx.bank.projections",
     "vera_fx.slots": "vera_fx.bank.slots",
 }
 
 
+NAMES = {("vera_fx.config", "VeraConfig"): "vera_fx.branches.vera.config"}
+"""Classes whose module has a room of its own now, while the old one is still there."""
+
+
 def know_old_names() -> None:
-    """Let modules be imported under their old names, too."""
+    """Let modules and classes be found under their old names, too."""
     for old, new in MOVED.items():
         sys.modules[old] = importlib.import_module(new)
+    for (module, name), new in NAMES.items():
+        setattr(sys.modules[module], name, getattr(importlib.import_module(new), name))

@@ -1,6 +1,7 @@
 """The few private corners of torch (2.13 to 2.15) that the library needs, each behind one name."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from types import FunctionType  # noqa: TC003
 from typing import Any, ParamSpec, TypeVar, cast
@@ -68,3 +69,23 @@ def stamp(dicts: Iterable[dict[Any, Any]]) -> int:
     Dynamo's own dictionary versions, which are globally unique and only ever increase.
     """
     return sum(map(dict_version, dicts))
+
+
+def any_autocast() -> bool:
+    """True if autocast is on for any type of device."""
+    return torch._C._is_any_autocast_enabled()
+
+
+@functools.cache
+def device_types() -> tuple[str, ...]:
+    """Every type of device that this build of torch knows autocast for."""
+    known = ("cpu", "cuda", "xpu", "mps", "mtia", "hpu", "ipu", "xla", "maia", "privateuseone")
+    return tuple(kind for kind in known if _has_autocast(kind))
+
+
+def _has_autocast(kind: str) -> bool:
+    try:
+        torch.is_autocast_enabled(kind)
+    except (RuntimeError, ValueError):
+        return False
+    return True

@@ -1,15 +1,14 @@
-"""The configuration of one adapter: PEFT's field names, meanings and defaults."""
+"""What the configurations of all kinds of adapters have in common; one kind's own is in `branches`."""
 
+import dataclasses
 import math
 import numbers
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Self, cast
 
 from vera_fx.errors import ConfigError, listing, nearest
 from vera_fx.passes import PLANS
 
-BIASES = ("none", "all", "vera_only")
 TASK_TYPES = (
     "SEQ_CLS",
     "SEQ_2_SEQ_LM",
@@ -25,93 +24,67 @@ _HEADS = {
 }
 
 
-@dataclass(frozen=True)
-class VeraConfig:
-    """What to adapt and how; the fields of PEFT's ``VeraConfig``, plus ``exclude_modules``, ``plan``.
+class AdapterConfig:
+    """Mixed into the frozen dataclass of each kind, which has these fields and its own.
 
     Attributes:
-        r: rank of the shared projections, a positive integer.
-        target_modules: which linear modules to adapt. A list matches full paths or their ends
-            (``"q_proj"`` matches ``model.layers.0.self_attn.q_proj``), a string is a regular
-            expression for the full path, ``"all-linear"`` is every linear module but the output
-            head, and None takes the default of the model's architecture.
-        projection_prng_key: seed from which the projections are drawn.
-        save_projection: write ``vera_A`` and ``vera_B`` into the checkpoint.
-        vera_dropout: probability of dropping an element of the branch's input in train mode.
-        d_initial: first value of ``lambda_d`` (paper, section 3.2: 0.1).
-        fan_in_fan_out: accepted for PEFT's sake; the layout is read off each module.
-        bias: which biases train: ``"none"``, ``"all"`` of the model or those of targets
-            (``"vera_only"``).
-        modules_to_save: modules trained in full beside the vectors, each adapter its own copy.
-        init_weights: False starts from ``lambda_b = 1`` and a random ``lambda_d`` (tests).
+        r: rank of the branch, a positive integer.
+        target_modules: which linear modules to adapt: paths or ends of paths, a regular expression,
+            ``"all-linear"``, or None for the default of the model's architecture.
+        exclude_modules: what to leave out of them, in the same notation.
         layers_to_transform: layer indices to adapt; None for all.
         layers_pattern: name of the module list that the indices count in.
-        exclude_modules: what to leave out of ``target_modules``, in the same notation.
-        plan: how branches are computed: ``"auto"`` lets the library choose for every site,
-            ``"factored"``, ``"scaled"``, ``"merged"`` and ``"dense"`` ask for one plan, and
-            ``"timed"`` lets it choose by timing the plans on this machine (a few seconds for every
-            shape of layer).
-        task_type: PEFT's task type; classification types add their head to ``modules_to_save``.
-
-    Raises:
-        ConfigError: a value cannot be used.
+        fan_in_fan_out: accepted for PEFT's sake; the layout is read off each module.
+        bias: which biases train.
+        modules_to_save: modules trained in full beside the branch, each adapter its own copy.
+        init_weights: whether the first values are those of the kind's paper.
+        plan: how branches are computed.
+        task_type: PEFT's task type.
     """
 
-    r: int = 256
-    target_modules: Sequence[str] | str | None = None
-    projection_prng_key: int = 0
-    save_projection: bool = True
-    vera_dropout: float = 0.0
-    d_initial: float = 0.1
-    fan_in_fan_out: bool = False
-    bias: str = "none"
-    modules_to_save: Sequence[str] | None = None
-    init_weights: bool = True
-    layers_to_transform: Sequence[int] | int | None = None
-    layers_pattern: Sequence[str] | str | None = None
-    exclude_modules: Sequence[str] | str | None = None
-    plan: str = "auto"
-    task_type: str | None = None
+    r: int
+    target_modules: Sequence[str] | str | None
+    exclude_modules: Sequence[str] | str | None
+    layers_to_transform: Sequence[int] | int | None
+    layers_pattern: Sequence[str] | str | None
+    fan_in_fan_out: bool
+    bias: str
+    modules_to_save: Sequence[str] | None
+    init_weights: bool
+    plan: str
+    task_type: str | None
+
+    biases: ClassVar[tuple[str, str, str]] = ("none", "all", "targets_only")
+    """What ``bias`` may be: for none, for all of the model, and for those of targets."""
+
+    plans: ClassVar[tuple[str, ...]] = PLANS
+    """What ``plan`` may be, beside ``"auto"`` and ``"timed"``."""
 
     def __post_init__(self) -> None:
         for name in ("target_modules", "modules_to_save", "layers_pattern", "exclude_modules"):
             self._set(name, _names(name, getattr(self, name)))
         if isinstance(self.modules_to_save, str):
             self._set("modules_to_save", (self.modules_to_save,))
-        self._check_numbers()
+        if not is_int(self.r) or self.r <= 0:
+            raise ConfigError(f"r must be a positive integer, got {self.r!r}")
         self._check_layers()
-        _check_choice("bias", self.bias, BIASES)
-        _check_choice("plan", self.plan, ("auto", "timed", *PLANS))
+        check_choice("bias", self.bias, self.biases)
+        check_choice("plan", self.plan, ("auto", "timed", *self.plans))
         if self.task_type is not None:
             self._set("task_type", str(getattr(self.task_type, "value", self.task_type)))
-            _check_choice("task_type", self.task_type, TASK_TYPES)
-        for name in ("save_projection", "init_weights", "fan_in_fan_out"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
+            check_choice("task_type", self.task_type, TASK_TYPES)
+        for name in ("init_weights", "fan_in_fan_out"):
+            check_flag(name, getattr(self, name))
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
-
-    def _check_numbers(self) -> None:
-        if not _is_int(self.r) or self.r <= 0:
-            raise ConfigError(f"r must be a positive integer, got {self.r!r}")
-        if not _is_int(self.projection_prng_key):
-            raise ConfigError(
-                f"projection_prng_key must be an integer, got {self.projection_prng_key!r}"
-            )
-        if not _is_real(self.vera_dropout) or not 0 <= self.vera_dropout < 1:
-            raise ConfigError(
-                f"vera_dropout must be at least 0 and below 1, got {self.vera_dropout!r}"
-            )
-        if not _is_real(self.d_initial) or not math.isfinite(self.d_initial):
-            raise ConfigError(f"d_initial must be a finite number, got {self.d_initial!r}")
 
     def _check_layers(self) -> None:
         layers = self.layers_to_transform
         if isinstance(layers, Sequence) and not isinstance(layers, str):
             self._set("layers_to_transform", tuple(layers))
         checked = layers if isinstance(layers, Sequence) else () if layers is None else (layers,)
-        if isinstance(layers, str) or not all(_is_int(layer) for layer in checked):
+        if isinstance(layers, str) or not all(is_int(layer) for layer in checked):
             raise ConfigError(f"layers_to_transform must be integers, got {layers!r}")
         if self.layers_pattern and layers is None:
             raise ConfigError(
@@ -122,6 +95,29 @@ class VeraConfig:
                 "layers_to_transform does not apply to a regular expression "
                 f"(target_modules={self.target_modules!r}); put the layer numbers into the expression"
             )
+
+    def replace(self, **changes: Any) -> Self:
+        """The same configuration with other values for some fields.
+
+        Raises:
+            ConfigError: a value cannot be used.
+        """
+        return dataclasses.replace(cast("Any", self), **changes)
+
+    @property
+    def dropout(self) -> float:
+        """Probability of dropping an element of the branch's input in train mode."""
+        return 0.0
+
+    @property
+    def saves_shared(self) -> bool:
+        """Whether tensors that all targets share are written into checkpoints."""
+        return True
+
+    @property
+    def trains_biases(self) -> str:
+        """``"none"``, ``"all"`` of the model or ``"targets"``: whose biases train."""
+        return ("none", "all", "targets")[self.biases.index(self.bias)]
 
     @property
     def is_all_linear(self) -> bool:
@@ -153,16 +149,53 @@ def _names(field: str, value: Any) -> Any:
     return tuple(sorted(value)) if isinstance(value, set | frozenset) else tuple(value)
 
 
-def _check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
+def check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse a value that is none of the choices.
+
+    Raises:
+        ConfigError: with the nearest of them.
+    """
     if value not in choices:
         raise ConfigError(
             f"{field} must be one of {listing(choices)}, got {value!r}{nearest(str(value), choices)}"
         )
 
 
-def _is_int(value: object) -> bool:
+def check_flag(field: str, value: object) -> None:
+    """Refuse what is no boolean.
+
+    Raises:
+        ConfigError: with the value.
+    """
+    if not isinstance(value, bool):
+        raise ConfigError(f"{field} must be True or False, got {value!r}")
+
+
+def check_share(field: str, value: Any) -> None:
+    """Refuse what is no probability below 1.
+
+    Raises:
+        ConfigError: with the value.
+    """
+    if not is_real(value) or not 0 <= value < 1:
+        raise ConfigError(f"{field} must be at least 0 and below 1, got {value!r}")
+
+
+def check_finite(field: str, value: Any) -> None:
+    """Refuse what is no finite number.
+
+    Raises:
+        ConfigError: with the value.
+    """
+    if not is_real(value) or not math.isfinite(value):
+        raise ConfigError(f"{field} must be a finite number, got {value!r}")
+
+
+def is_int(value: object) -> bool:
+    """True for whole numbers; booleans are none."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def _is_real(value: object) -> bool:
+def is_real(value: object) -> bool:
+    """True for real numbers; booleans are none."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)

@@ -32,6 +32,17 @@ def moved_into(folder: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def copy_synced(source: Path, target: Path) -> None:
+    """Copy a file, so that what is there afterwards survives a crash of the machine.
+
+    Raises:
+        OSError: the source is missing, or the target cannot be written.
+    """
+    shutil.copyfile(source, target)
+    with target.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
 class _Archive(io.RawIOBase):
     """What torch writes its archives to: never fails, keeps the first error."""
 

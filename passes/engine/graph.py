@@ -1,7 +1,6 @@
 """Small tools that every pass uses: reading nodes, emitting nodes, printing graphs."""
 
 import contextlib
-import re
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from operator import getitem
@@ -22,12 +21,25 @@ META_KEY = "vera_fx"
 
 @dataclass(frozen=True, slots=True)
 class Tag:
-    """Where a node comes from: the pass that made it, the site it serves and its role there."""
+    """Where a node comes from, and what later passes must know of it.
+
+    Attributes:
+        made_by: the pass that made it.
+        site: the site that it serves.
+        role: what it is there.
+        shared: it depends on its operands alone, so that equal ones may be computed once.
+        ends: the kind of branch that ends here (`vera_fx.passes.sites.kinds.BranchGraph`).
+        again: the function that compiled code computes again in backward rather than keep its result.
+        keeps: the number of the argument that is kept for backward for this node's sake alone.
+    """
 
     made_by: str
     site: str = ""
     role: str = ""
-    branch: int = 0
+    shared: bool = False
+    ends: Any = None
+    again: Callable[..., Any] | None = None
+    keeps: int | None = None
 
 
 def tag_of(node: Node) -> Tag | None:
@@ -123,6 +135,53 @@ def emit(  # noqa: PLR0913 - what a node is takes that many words
             node.meta[key] = like.meta[key]
     node.meta[META_KEY] = tag
     return node
+
+
+@dataclass(frozen=True, slots=True)
+class Put:
+    """Inserts the nodes that a pass makes for one site, at the graph's insertion point.
+
+    Attributes:
+        gm: the graph's owner.
+        made_by: the pass.
+        site: the site's name.
+        like: the site's own node, whose provenance the new nodes inherit.
+    """
+
+    gm: GraphModule
+    made_by: str
+    site: str
+    like: Node
+
+    def __call__(
+        self,
+        target: Callable[..., Any],
+        *args: Any,
+        role: str,
+        shape: Sequence[Any] | None = None,
+        dtype: torch.dtype | None = None,
+        **facts: Any,
+    ) -> Node:
+        """Insert a call; ``shape`` and ``dtype`` as for `emit`, ``facts`` are further ones of `Tag`."""
+        tag = Tag(self.made_by, self.site, role, **facts)
+        return emit(self.gm, target, args, like=self.like, tag=tag, shape=shape, dtype=dtype)
+
+    def attribute(self, path: str) -> Node:
+        """The node that reads the attribute at ``path``."""
+        tag = Tag(self.made_by, self.site, path.rpartition(".")[2])
+        return attribute(self.gm, path, like=self.like, tag=tag)
+
+    def cut(self, node: Node, *, dim: int, size: int, role: str) -> Node:
+        """The first ``size`` entries along a dimension; the whole of it needs no cut."""
+        if tensor_of(node).shape[dim] == size:
+            return node
+        return self(torch.ops.aten.slice.Tensor, node, dim, 0, size, role=role, shared=True)
+
+    def cast(self, node: Node, dtype: torch.dtype, *, role: str, shared: bool = False) -> Node:
+        """The node in another dtype; itself if it has it."""
+        if tensor_of(node).dtype == dtype:
+            return node
+        return self(torch.ops.aten.to.dtype, node, dtype, role=role, shared=shared)
 
 
 @contextlib.contextmanager
@@ -222,58 +281,3 @@ def schema_of(node: Node) -> Any:
     """The schema of the operator that ``node`` calls; torch has no public way to it."""
     target = cast("object", node.target)
     return getattr(target, "_schema", None)
-
-
-def graph_text(gm: GraphModule) -> str:
-    """The graph as text: operator, operands, dtype and shape of every node, a line each.
-
-    Sizes left open are called s0, s1... in order of appearance. Stable across torch versions
-    (unlike ``gm.code``), so that docstrings can quote it.
-    """
-    symbols: dict[str, str] = {}
-    return "\n".join(
-        _node_text(node, type_text(node.meta.get("val"), symbols)) for node in gm.graph.nodes
-    )
-
-
-def _node_text(node: Node, kind: str) -> str:
-    if node.op == "output":
-        return f"return {_operand(node.args[0])}"
-    head = f"%{node.name}{kind} = "
-    if node.op in {"placeholder", "get_attr"}:
-        return f"{head}{'input' if node.op == 'placeholder' else node.target}"
-    operands = [_operand(arg) for arg in node.args]
-    operands += [f"{key}={_operand(arg)}" for key, arg in node.kwargs.items()]
-    return f"{head}{_target_text(node.target)}({', '.join(operands)})"
-
-
-def _target_text(target: object) -> str:
-    text = str(target) if not callable(target) else getattr(target, "__name__", str(target))
-    return re.sub(r"\.(default|Tensor|Scalar)$", "", text)
-
-
-def _operand(arg: object) -> str:
-    if isinstance(arg, Node):
-        return f"%{arg.name}"
-    if isinstance(arg, list | tuple):
-        return f"[{', '.join(_operand(item) for item in cast('list[object]', arg))}]"
-    return str(arg)
-
-
-def type_text(value: object, symbols: dict[str, str]) -> str:
-    """Dtype and shape, open sizes by the names that ``symbols`` has for them or now gets."""
-    return renamed(_plain_type_text(value), symbols)
-
-
-def renamed(text: str, symbols: dict[str, str]) -> str:
-    """``text`` with open sizes called s0, s1... in order of appearance."""
-    return re.sub(r"\bs\d+\b", lambda m: symbols.setdefault(m[0], f"s{len(symbols)}"), text)
-
-
-def _plain_type_text(value: object) -> str:
-    if isinstance(value, Tensor):
-        dtype = re.sub(
-            r"^float|^bfloat", lambda m: "f" if m[0] == "float" else "bf", str(value.dtype)[6:]
-        )
-        return f": {dtype}[{', '.join(str(size) for size in value.shape)}]"
-    return "" if value is None else f": {type(value).__name__}"

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from vera_fx.passes.engine.graph import META_KEY, Tag, module_stack, renamed, type_text
+from vera_fx.passes.engine.graph import META_KEY, Tag, module_stack
+from vera_fx.passes.engine.text import renamed, type_text
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from torch.fx import GraphModule
 
-from vera_fx.passes.engine.graph import graph_text
 from vera_fx.passes.engine.protocol import GraphPass, PassContractError, SiteError
 from vera_fx.passes.engine.reports import PassReport, Skip
+from vera_fx.passes.engine.text import graph_text
 
 logger = logging.getLogger("vera_fx.passes")
 

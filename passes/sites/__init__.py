@@ -1,5 +1,5 @@
 """Finding sites and inserted branches in a graph, and where layers begin and end."""
 
-from vera_fx.passes.sites.find import Target
+from vera_fx.passes.sites.target import Target
 
 __all__ = ["Target"]

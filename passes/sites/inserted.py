@@ -1,7 +1,8 @@
 """Reads inserted branches back from a graph, so that later passes can compute them another way."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch.fx import GraphModule, Node
 
@@ -10,45 +11,39 @@ from vera_fx.passes.engine.graph import tag_of, tensor_of
 
 @dataclass(frozen=True, slots=True)
 class InsertedBranch:
-    """One branch as `InsertVera` wrote it: ``add(base, mul(linear(mul(z, d), B), b))``.
+    """One branch in factored form, as its kind wrote it and reads it back.
 
     Attributes:
         site: name of the site.
-        add: the node that adds the branch to ``total``.
+        kind: its kind (`vera_fx.passes.sites.kinds.BranchGraph`).
+        end: the node that adds the branch to ``total``.
         total: the site's output so far: the base call, or the sum with earlier branches.
-        update: ``b * u``, ``(*L, O)``.
-        z: ``x @ A.T``, ``(*L, R)``.
-        A: ``(R, I)``.
-        B: ``(O, R)``.
-        d: ``lambda_d``.
-        b: ``lambda_b``.
+        products: its linear calls in order, each with a name for what it multiplies by; the first
+            reads the branch's input.
+        parts: its nodes by names that its kind knows.
     """
 
     site: str
-    add: Node
+    kind: Any
+    end: Node
     total: Node
-    update: Node
-    z: Node
-    A: Node
-    B: Node
-    d: Node
-    b: Node
+    products: tuple[tuple[Node, str], ...]
+    parts: Mapping[str, Node] = field(default_factory=dict[str, Node])
 
     @property
     def x(self) -> Node:
         """The branch's input, cast and dropped out if it is."""
-        return input_of(self.z)
+        return input_of(self.products[0][0])
 
     @property
     def is_alone(self) -> bool:
         """True if this is the only branch of its site, added straight to the base call."""
-        others = [user for user in self.add.users if (tag := tag_of(user)) and tag.role == "add"]
-        own = [user for user in others if user.args[0] is self.add and self._same_site(user)]
+        own = [user for user in self.end.users if user.args[0] is self.end and self._ends(user)]
         return tag_of(self.total) is None and not own
 
-    def _same_site(self, node: Node) -> bool:
+    def _ends(self, node: Node) -> bool:
         tag = tag_of(node)
-        return tag is not None and tag.site == self.site
+        return tag is not None and tag.ends is not None and tag.site == self.site
 
     @property
     def has_dropout(self) -> bool:
@@ -59,29 +54,22 @@ class InsertedBranch:
     @property
     def is_mixed(self) -> bool:
         """True if the branch's products and the base's are in different dtypes."""
-        return tensor_of(self.z).dtype != tensor_of(self.total).dtype
+        return tensor_of(self.products[0][0]).dtype != tensor_of(self.total).dtype
 
     @property
     def output(self) -> Node:
-        """The sum with this branch: ``add``, or the cast back to the base's dtype behind it."""
-        users = list(self.add.users)
+        """The sum with this branch: ``end``, or the cast back to the base's dtype behind it."""
+        users = list(self.end.users)
         tag = tag_of(users[0]) if len(users) == 1 else None
-        return users[0] if tag is not None and tag.role == "cast_out" else self.add
+        return users[0] if tag is not None and tag.role == "cast_out" else self.end
 
 
 def inserted_branches(gm: GraphModule) -> Iterator[InsertedBranch]:
     """All branches in factored form, in the graph's order."""
-    for add in list(gm.graph.nodes):
-        tag = tag_of(add)
-        if tag is None or tag.made_by != "InsertVera" or tag.role != "add":
-            continue
-        update = input_of(add, 1)
-        u, b = input_of(update, 0), input_of(update, 1)
-        h, B = _past_cast(input_of(u, 0)), _past_cast(input_of(u, 1))
-        z, d = input_of(h, 0), input_of(h, 1)
-        yield InsertedBranch(
-            tag.site, add, input_of(add, 0), update, z, A=_past_cast(input_of(z, 1)), B=B, d=d, b=b
-        )
+    for node in list(gm.graph.nodes):
+        tag = tag_of(node)
+        if tag is not None and tag.ends is not None:
+            yield tag.ends.inserted(node)
 
 
 def input_of(node: Node, index: int = 0) -> Node:
@@ -92,7 +80,7 @@ def input_of(node: Node, index: int = 0) -> Node:
     return value
 
 
-def _past_cast(node: Node) -> Node:
+def past_cast(node: Node) -> Node:
     """What `LowerBranch` cast to half precision, if it did."""
     tag = tag_of(node)
     return input_of(node) if tag is not None and tag.role.endswith("_half") else node

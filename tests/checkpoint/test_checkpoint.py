@@ -155,7 +155,7 @@ def test_drawn_projections_are_checked_against_the_hash(
     vera_fx.save_adapter(vera_fx.adapt(MLP(), config), tmp_path)
     vera_fx.load_adapter(MLP(), tmp_path)
     monkeypatch.setattr(
-        "vera_fx.bank.build.draw_projections",
+        "vera_fx.branches.vera.parameters.draw_projections",
         lambda r, i, o, key: (torch.ones(r, i), torch.ones(o, r)),
     )
     with pytest.raises(vera_fx.CheckpointError, match="not the ones it was trained with"):

@@ -230,7 +230,7 @@ class TestLoading:
         def never(*_: Any, **__: Any) -> None:
             raise AssertionError("drawn")
 
-        monkeypatch.setattr("vera_fx.bank.build.draw_projections", never)
+        monkeypatch.setattr("vera_fx.branches.vera.parameters.draw_projections", never)
         torch.manual_seed(5)
         expected = torch.rand(3)
         torch.manual_seed(5)

@@ -10,7 +10,7 @@ import vera_fx
 from tests.export.export_models import adapted, call_of, eager, fixed_of
 from tests.export.test_onnx import run, session_of
 from tests.helpers import assert_close, assert_far_apart, fill_vectors, hook_reference
-from vera_fx.reference import vera_delta
+from vera_fx.branches.vera.reference import vera_delta
 
 HEADS = {
     "gpt2": (["lm_head", "c_attn"], "transformer.wte.weight"),

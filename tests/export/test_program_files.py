@@ -13,7 +13,8 @@ import vera_fx
 from tests.export.export_models import FORMS, adapted, call_of, eager, extra_of, fixed_of
 from tests.helpers import assert_close, assert_far_apart, fill_vectors, hook_reference
 from tests.models import MLP
-from vera_fx.export.projections import NAMES
+from vera_fx.branches.vera.kind import VERA
+from vera_fx.export.projections import names_of
 
 
 def program_of(model: nn.Module, name: str, form: str):
@@ -42,7 +43,7 @@ class TestWithoutProjections:
         assert program.state_dict["vera.vera_A"].shape == (64, 20)
 
         loaded, extra = vera_fx.load_program(small), extra_of(model, form, call_of("mlp", 4))
-        for name in NAMES:
+        for name in names_of(VERA).values():
             assert torch.equal(loaded.state_dict[name], program.state_dict[name])
         result = loaded.module()(**call_of("mlp", 4), **extra)
         assert_close(result, eager(model, "mlp", call_of("mlp", 4)))
@@ -77,7 +78,7 @@ class TestWithoutProjections:
             r, max_in, max_out, _ = sizes
             return torch.zeros(r, max_in), torch.zeros(max_out, r)
 
-        monkeypatch.setattr("vera_fx.export.projections.draw_projections", other)
+        monkeypatch.setattr("vera_fx.branches.vera.parameters.draw_projections", other)
         with pytest.raises(vera_fx.ExportError, match="is not what the program was exported with"):
             vera_fx.load_program(path)
 

@@ -45,7 +45,7 @@ def compare_outputs(member: Member, *, train: bool) -> None:
     assert_far_apart(expected, member.output(member.call(base)))
     graphs = vera_fx.explain(ours).graphs
     assert len(graphs) == 1
-    assert {site.partition("#")[0] for site in graphs[0].sites} == set(ours.vera.targets)
+    assert {site.partition("#")[0] for site in graphs[0].sites} == set(ours.vera.structure.targets)
 
 
 def check_capture(member: Member) -> None:

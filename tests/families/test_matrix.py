@@ -15,7 +15,8 @@ from tests.families.seq2seq import SEQ2SEQ
 from tests.families.vision import VISION
 from tests.models import BY_NAME
 from vera_fx.base.default_targets import DEFAULT_TARGETS
-from vera_fx.base.targets import is_linear, resolve_targets
+from vera_fx.base.targets import resolve_targets
+from vera_fx.products.kinds import known_kind
 
 MEMBERS = (*DECODERS, *ENCODERS, *SEQ2SEQ, *VISION, *MODULES)
 NEW = [
@@ -54,7 +55,7 @@ def test_default_targets(member: Member) -> None:
     if theirs is not None:
         assert set(DEFAULT_TARGETS[kind]) == set(theirs)
     ends = ("attn", "attention", "Attention")
-    layers = [p for p, m in model.named_modules() if p.endswith(ends) and not is_linear(m)]
+    layers = [p for p, m in model.named_modules() if p.endswith(ends) and known_kind(m) is None]
     assert len(targets) in {len(layers), 2 * len(layers)}
 
 

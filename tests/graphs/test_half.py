@@ -25,7 +25,7 @@ def base(request: pytest.FixtureRequest) -> nn.Module:
 @pytest.fixture
 def fast_half(monkeypatch: pytest.MonkeyPatch) -> None:
     """A processor with instructions for half precision, whatever this one has."""
-    monkeypatch.setattr(planning, "multiplies_well", lambda _: True)
+    monkeypatch.setattr(planning, "multiplies_well", lambda *_: True)
 
 
 def call(model: nn.Module, dtype: torch.dtype) -> Tensor:
@@ -127,7 +127,7 @@ def report_of(model: nn.Module, name: str) -> object:
 def test_a_slow_processor_gets_pefts_arithmetic(
     base: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planning, "multiplies_well", lambda _: False)
+    monkeypatch.setattr(planning, "multiplies_well", lambda *_: False)
     dtype = base.query.weight.dtype
     theirs, ours = peft_pair(base, plan="auto", **CONFIG)
 
@@ -142,9 +142,9 @@ def test_what_the_processor_can_do_is_asked_of_torch(monkeypatch: pytest.MonkeyP
     found = {"amx_bf16": True, "avx512_fp16": False}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
 
-    assert multiplies_well(torch.empty(1, dtype=torch.bfloat16))
-    assert not multiplies_well(torch.empty(1, dtype=torch.float16))
-    assert multiplies_well(torch.empty(1, dtype=torch.float16, device="meta"))
+    assert multiplies_well(torch.bfloat16, torch.device("cpu"))
+    assert not multiplies_well(torch.float16, torch.device("cpu"))
+    assert multiplies_well(torch.float16, torch.device("meta"))
 
 
 def test_a_whole_model_trains_alike(fast_half: None) -> None:

@@ -15,16 +15,17 @@ from tests.helpers import (
     main_output,
 )
 from tests.models import Attention
+from vera_fx.branches.vera.kind import VERA
 from vera_fx.graphs import timing
-from vera_fx.passes import PLANS, Target, Workload
+from vera_fx.passes import PLANS, ReadWeight, Target, Workload
 
 CONFIG = vera_fx.VeraConfig(r=5, target_modules=["query", "key", "out"], plan="timed")
 X = torch.randn(2, 6, 12, generator=torch.Generator().manual_seed(1))
-TARGET = Target("lin", 12, 7, "out_in", ("lin.weight",))
+TARGET = Target("lin", 12, 7, ReadWeight("out_in"), ("lin.weight",))
 
 
 def test_every_plan_and_the_base_are_timed() -> None:
-    costs = timing.timed_costs(torch.empty(1))
+    costs = timing.TimedCosts(VERA, torch.float32, torch.device("cpu"))
     for trains in (True, False):
         found = costs(100, TARGET, Workload((5,), trains, request="timed"), 3)
         assert found.keys() == {"base", *PLANS}
@@ -38,7 +39,9 @@ def test_timing_leaves_the_random_state_alone() -> None:
     torch.manual_seed(4)
     expected = torch.rand(2)
     torch.manual_seed(4)
-    timing.timed_costs(torch.empty(1))(11, TARGET, Workload((5,), trains=True), 1)
+    timing.TimedCosts(VERA, torch.float32, torch.device("cpu"))(
+        11, TARGET, Workload((5,), trains=True), 1
+    )
     assert torch.equal(torch.rand(2), expected)
 
 
@@ -64,7 +67,7 @@ def test_the_fastest_is_taken(monkeypatch: pytest.MonkeyPatch, fastest: str) -> 
 
 def test_restrictions_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr("vera_fx.graphs.planning.multiplies_well", lambda _: True)
+    monkeypatch.setattr("vera_fx.graphs.planning.multiplies_well", lambda *_: True)
     half = vera_fx.adapt(Attention().half().eval(), CONFIG)
     fill_vectors(half)
     half(X.half())

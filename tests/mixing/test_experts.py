@@ -74,7 +74,7 @@ def test_experts_themselves_are_no_targets(base: nn.Module) -> None:
     with pytest.raises(vera_fx.TargetError, match="MixtralExperts; only nn.Linear"):
         vera_fx.adapt(base, vera_fx.VeraConfig(r=2, target_modules=["experts"]))
     model = vera_fx.adapt(base, vera_fx.VeraConfig(r=2, target_modules="all-linear"))
-    assert {path.rpartition(".")[2] for path in model.vera.targets} == {
+    assert {path.rpartition(".")[2] for path in model.vera.structure.targets} == {
         "q_proj",
         "k_proj",
         "v_proj",

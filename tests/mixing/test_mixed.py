@@ -201,7 +201,7 @@ def test_a_graph_for_every_growth_of_the_bank_and_none_else() -> None:
     vera_fx.delete_adapter(model.model, "wide")
     model.add("seeded", projection_prng_key=3)
     model.expect(1, "a seeded", "seeded head bias", "a a")
-    assert len(model.model.vera.groups) == 3  # nothing is left of "wide"
+    assert len(model.model.vera.structure.groups) == 3  # nothing is left of "wide"
 
 
 def test_batches_of_any_size_with_heads_share_a_graph() -> None:
@@ -252,7 +252,7 @@ def test_mixtures_follow_casts_and_new_projections() -> None:
     model = Counted()
     model.add("b", projection_prng_key=3)
     model.check("a", "b", BASE)
-    pair = model.model.vera.pair("0")
+    pair = model.model.vera.shared.pair("0")
     pair.vera_A = pair.vera_A * -2
     model.check("a", "b", BASE)
     plain = model.model.double()

@@ -71,7 +71,7 @@ def exact_sums(model: nn.Module) -> dict[str, Tensor]:
     (pair,) = model.vera.projections.values()
     found: dict[str, Tensor] = {}
     for name, weight in weights(model).items():
-        target = model.vera.targets[name]
+        target = model.vera.structure.targets[name]
         d, b = (adapter_vectors(model)["default", name, vector].double() for vector in "db")
         A, B = pair.vera_A.double()[:, : target.in_features], pair.vera_B.double()[: len(b)]
         delta = (b[:, None] * B) @ (d[:, None] * A)

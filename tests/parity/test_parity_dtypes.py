@@ -89,7 +89,7 @@ class TestDtypes:
             peft.helpers.disable_input_dtype_casting(theirs),
         ):
             theirs(X.bfloat16())
-        monkeypatch.setattr("vera_fx.graphs.planning.multiplies_well", lambda _: True)
+        monkeypatch.setattr("vera_fx.graphs.planning.multiplies_well", lambda *_: True)
         config = vera_fx.VeraConfig(r=4, target_modules=TARGETS, plan=plan)
         model = vera_fx.adapt(copy.deepcopy(base).bfloat16(), config)
         seen = dtypes_of_products(model, X.bfloat16())
@@ -154,8 +154,8 @@ class TestDtypes:
 
 def dtypes_of_products(model: nn.Module, x: Tensor) -> list[torch.dtype]:
     """The dtype of everything that the adapted graph multiplies with a matrix."""
+    from vera_fx.branches.vera.functions import merged_linear
     from vera_fx.graphs.runtime import runtime_of
-    from vera_fx.passes.engine.functions import merged_linear
 
     model(x)
     (captures,) = runtime_of(model).captures.values()

@@ -391,7 +391,7 @@ def test_all_linear_in_chosen_layers(layers: int) -> None:
     ours = vera_fx.adapt(stack(layers), vera_fx.VeraConfig(**fields))
     chosen = {f"model.layers.1.{name}" for name in ("q", "k", "v")}
     assert (set(theirs.base_model.targeted_module_names) == chosen) == (layers == 7)
-    assert set(ours.vera.targets) == chosen
+    assert set(ours.vera.structure.targets) == chosen
 
 
 def test_layers_of_a_regular_expression_are_not_ignored() -> None:

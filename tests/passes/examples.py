@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.fx import GraphModule
 
+from vera_fx.branches.vera.kind import VERA
 from vera_fx.capturing.export_call import bind_live
 from vera_fx.passes import (
     Branch,
@@ -18,10 +19,11 @@ from vera_fx.passes import (
     FoldWeights,
     GraphPass,
     InlineGradMode,
-    InsertVera,
+    InsertBranches,
     LowerBranch,
     MergeWeight,
     OutlineLayers,
+    ReadWeight,
     RecomputeInBackward,
     Redirect,
     RedirectParameters,
@@ -158,20 +160,23 @@ class Stack(nn.Module):
         return x
 
 
-def one_target() -> InsertVera:
-    return InsertVera(
-        (Target("lin", 3, 5, "out_in", ("lin.weight",)),),
-        ((Branch("slot.vera_A", "slot.vera_B", "slot.lambda_d", "slot.lambda_b"),),),
+def vera(d: str, b: str, dropout: float = 0.0) -> Branch:
+    """VeRA's branch with vectors that the slot calls ``d`` and ``b``."""
+    names = {"vera_A": "vera_A", "vera_B": "vera_B", "vera_lambda_d": d, "vera_lambda_b": b}
+    return Branch(VERA.graph, {name: f"slot.{at}" for name, at in names.items()}, dropout)
+
+
+def one_target() -> InsertBranches:
+    return InsertBranches(
+        (Target("lin", 3, 5, ReadWeight(), ("lin.weight",)),),
+        ((vera("lambda_d", "lambda_b"),),),
     )
 
 
-def two_targets(dropout: float = 0.0) -> InsertVera:
-    return InsertVera(
-        tuple(Target(n, 3, 5, "out_in", (f"{n}.weight",)) for n in ("query", "value")),
-        tuple(
-            (Branch("slot.vera_A", "slot.vera_B", f"slot.{n}_d", f"slot.{n}_b", dropout),)
-            for n in ("query", "value")
-        ),
+def two_targets(dropout: float = 0.0) -> InsertBranches:
+    return InsertBranches(
+        tuple(Target(n, 3, 5, ReadWeight(), (f"{n}.weight",)) for n in ("query", "value")),
+        tuple((vera(f"{n}_d", f"{n}_b", dropout),) for n in ("query", "value")),
     )
 
 
@@ -217,7 +222,7 @@ EXAMPLES: dict[str, Example] = {
     "DropIdleDropout": Example(DropIdleDropout(), lambda: graph_of(Idle(), torch.randn(4, 3))),
     "FoldWeights": Example(
         FoldWeights(
-            (Target("head", 3, 5, "out_in", ("embed.weight", "head.weight")),), ("folded.head",)
+            (Target("head", 3, 5, ReadWeight(), ("embed.weight", "head.weight")),), ("folded.head",)
         ),
         lambda: graph_of(TiedHead(), torch.randn(4, 3)),
     ),
@@ -228,7 +233,7 @@ EXAMPLES: dict[str, Example] = {
     "ContiguousAttention": Example(
         ContiguousAttention(), lambda: graph_of(Attends(), torch.randn(4, 3))
     ),
-    "InsertVera": Example(one_target(), lambda: graph_of(OneLinear(), torch.randn(4, 3))),
+    "InsertBranches": Example(one_target(), lambda: graph_of(OneLinear(), torch.randn(4, 3))),
     "RowVectors": Example(
         RowVectors(
             (

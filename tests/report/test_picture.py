@@ -10,7 +10,8 @@ from torch import nn
 
 import vera_fx
 from tests.export.export_models import adapted, call_of
-from vera_fx.report.picture import FORMULAS, blocks
+from vera_fx.branches.vera.kind import VERA
+from vera_fx.report.picture import COLOURS, blocks
 
 
 class Deep(nn.Module):
@@ -52,7 +53,7 @@ def test_32_layers_fold_into_one_block() -> None:
     assert {"each layer: 72", "36", "16", "8"} <= set(words)
 
 
-@pytest.mark.parametrize("plan", FORMULAS)
+@pytest.mark.parametrize("plan", COLOURS)
 def test_plans_and_shared_products(plan: str) -> None:
     report = explained(Deep(2), torch.ones(4, 6), target_modules=["q", "v", "head"], plan=plan)
     (layers, rest), svg = blocks(report, report.graphs[0]), report.svg()
@@ -61,7 +62,7 @@ def test_plans_and_shared_products(plan: str) -> None:
     assert {row.plan for row in (*layers.rows, *rest.rows)} == {plan}
     assert svg.count('class="bracket"') == (plan != "dense")
     words = texts(svg)
-    assert f"linear 6 → 6  {FORMULAS[plan][1]}" in words
+    assert f"linear 6 → 6  {VERA.words[plan].formula}" in words
     assert words.count(plan) == 3
 
 
@@ -82,7 +83,7 @@ def test_every_site_of_a_family_is_drawn() -> None:
     assert len(report.graphs[0].sites) == 2 * len([r for r in rows if "proj" in r.name])
     page = report.html()
     assert page.count("<svg") == len(report.graphs) == 1
-    assert "InsertVera" in page
+    assert "InsertBranches" in page
 
 
 def test_names_cannot_break_the_page() -> None:

@@ -1,10 +1,11 @@
 """What the adapting passes need to know of a bank's computing adapters."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+from vera_fx.bank.adapter import Adapter
 from vera_fx.bank.bank import AdapterBank
 from vera_fx.bank.slots import slot_path
-from vera_fx.passes import AdaptationPlan, Branch
+from vera_fx.passes import AdaptationPlan, Branch, Target
 
 
 def adaptation_plan(bank: AdapterBank, is_training: Callable[[str], bool]) -> AdaptationPlan:
@@ -16,26 +17,26 @@ def adaptation_plan(bank: AdapterBank, is_training: Callable[[str], bool]) -> Ad
             branches drop elements of their input.
     """
     adapters = [bank.adapter(name) for name in bank.computing()]
-    targets = tuple(bank.targets.values())
+    targets = tuple(bank.structure.targets.values())
     branches = tuple(
-        tuple(
-            _branch(bank, index, target.path, dropout=adapter.config.vera_dropout * train)
-            for index, adapter in enumerate(adapters)
-        )
+        tuple(_branches(bank, adapters, target, train=is_training(target.path)))
         for target in targets
-        for train in [is_training(target.path)]
     )
     redirects = tuple(
-        bank.redirect(place, slot_path(0, bank.names.of(*place))) for place in bank.base_paths
+        bank.structure.redirect(place, slot_path(0, bank.slots.names.of(*place)))
+        for place in bank.structure.base_paths
     )
     return AdaptationPlan(targets, branches, redirects)
 
 
-def _branch(bank: AdapterBank, index: int, path: str, *, dropout: float) -> Branch:
-    return Branch(
-        vera_A=slot_path(index, "vera_A"),
-        vera_B=slot_path(index, "vera_B"),
-        lambda_d=slot_path(index, bank.names.of(path, "lambda_d")),
-        lambda_b=slot_path(index, bank.names.of(path, "lambda_b")),
-        dropout=dropout,
-    )
+def _branches(
+    bank: AdapterBank, adapters: list[Adapter], target: Target, *, train: bool
+) -> Iterator[Branch]:
+    for index, adapter in enumerate(adapters):
+        kind = adapter.kind
+        if not kind.idle_at_zero and target.path not in adapter.vectors.by_path:
+            continue
+        own = {name: bank.slots.names.of(target.path, name) for name in kind.parameters.own}
+        attributes = dict.fromkeys(kind.parameters.shared) | own
+        tensors = {name: slot_path(index, at or name) for name, at in attributes.items()}
+        yield Branch(kind.graph, tensors, adapter.config.dropout * train)

@@ -1,11 +1,13 @@
-"""One adapter: vectors for every target, and its own copies of what else it trains."""
+"""One adapter: its branch's tensors for every target, and its own copies of what else it trains."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import cast
 
 from torch import Tensor, nn
 
-from vera_fx.config import VeraConfig
+from vera_fx.branches.kinds import kind_of
+from vera_fx.branches.protocol import BranchKind
+from vera_fx.config import AdapterConfig
 
 
 def everywhere(path: str) -> str:
@@ -19,21 +21,21 @@ def is_everywhere(path: str) -> bool:
 
 
 class Vectors(nn.Module):
-    """The trained vectors of one target.
+    """The trained tensors of one target, as parameters under the names that their kind gives them."""
 
-    Attributes:
-        vera_lambda_d: ``(r,)``.
-        vera_lambda_b: ``(out,)``.
-    """
-
-    def __init__(self, lambda_d: Tensor, lambda_b: Tensor) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.vera_lambda_d = nn.Parameter(lambda_d)
-        self.vera_lambda_b = nn.Parameter(lambda_b)
+        for name, tensor in tensors.items():
+            self.register_parameter(name, nn.Parameter(tensor))
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by name."""
+        return cast("dict[str, Tensor]", self._parameters)
 
     def extra_repr(self) -> str:
         """Sizes for ``print(model)``."""
-        return f"r={self.vera_lambda_d.numel()}, out={self.vera_lambda_b.numel()}"
+        return ", ".join(f"{name}={tuple(t.shape)}" for name, t in self.tensors.items())
 
 
 class TrainedBias(nn.Module):
@@ -73,7 +75,7 @@ class Tree(nn.Module):
 
 
 class Adapter(nn.Module):
-    """A named set of vectors, with its own copies of saved modules and trained biases.
+    """A named branch for some targets, with its own copies of saved modules and trained biases.
 
     Attributes:
         config: what it was made from.
@@ -85,7 +87,7 @@ class Adapter(nn.Module):
         frozen: paths of those copies that never train and stand for every use of the base's tensors.
     """
 
-    def __init__(self, config: VeraConfig, projections: str, *, trainable: bool = True) -> None:
+    def __init__(self, config: AdapterConfig, projections: str, *, trainable: bool = True) -> None:
         super().__init__()
         self.config = config
         self.projections = projections
@@ -95,8 +97,13 @@ class Adapter(nn.Module):
         self.frozen: set[str] = set()
         self.origin: dict[str, str] = {}
 
+    @property
+    def kind(self) -> BranchKind:
+        """The kind of its branches."""
+        return kind_of(self.config)
+
     def vectors_at(self, path: str) -> Vectors | None:
-        """The vectors of one target, or None if this adapter has none there."""
+        """The tensors for one target, or None if this adapter has none there."""
         found = self.vectors.by_path.get(path)
         return found if isinstance(found, Vectors) else None
 
@@ -114,7 +121,7 @@ class Adapter(nn.Module):
         return {f"{path}.{name}": tensor for path, name, tensor in (*copies, *frozen)}
 
     def has(self, path: str) -> bool:
-        """Whether it has vectors for the target, or its own value of the tensor, at ``path``."""
+        """Whether it has a branch at the target, or its own value of the tensor, at ``path``."""
         return path in self.vectors.by_path or path in self.copied
 
     def let_train(self, *, allowed: bool) -> None:
@@ -129,6 +136,6 @@ class Adapter(nn.Module):
     def __repr__(self) -> str:
         count = sum(p.numel() for p in self.parameters())
         return (
-            f"Adapter(r={self.config.r}, targets={len(self.vectors.by_path)}, "
+            f"Adapter({self.kind.name}, r={self.config.r}, targets={len(self.vectors.by_path)}, "
             f"copies={len(self.copies.by_path)}, parameters={count:,}, trainable={self.trainable})"
         )

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vera_fx._context import enter, holding, is_capturing, leave, now
-from vera_fx.bank.adapter import TrainedBias
+from vera_fx.bank.adapter import Adapter, TrainedBias
+from vera_fx.branches.protocol import EagerCall
 from vera_fx.errors import AdapterError
-from vera_fx.reference import vera_branch
+from vera_fx.products.kinds import known_kind
 
 if TYPE_CHECKING:
     from vera_fx.bank.bank import AdapterBank
@@ -68,11 +69,25 @@ class EagerBranch(EagerHook):
             adapter = self.bank.adapter(name)
             vectors = adapter.vectors_at(self.path)
             if vectors is not None:
-                d, b = vectors.vera_lambda_d, vectors.vera_lambda_b
-                kept = F.dropout(x.to(d.dtype), adapter.config.vera_dropout, module.training)
-                projections = self.bank.projections_of(adapter)
-                total = total + vera_branch(kept, projections.vera_A, projections.vera_B, d, b)
+                tensors = self.bank.projections_of(adapter).tensors | vectors.tensors
+                call = self._call(module, adapter, x, total, output)
+                total = adapter.kind.maths.add(call, tensors)
         return total.to(output.dtype)
+
+    def _call(
+        self, module: nn.Module, adapter: Adapter, x: Tensor, total: Tensor, base: Tensor
+    ) -> EagerCall:
+        def weight() -> Tensor:
+            kind = known_kind(module)
+            if kind is None:
+                raise AdapterError(f"{self.path!r} is no linear module any more")
+            return kind.weight(module)
+
+        def drop(value: Tensor) -> Tensor:
+            return F.dropout(value, adapter.config.dropout, module.training)
+
+        drops = module.training and adapter.config.dropout > 0
+        return EagerCall(x, total, base, getattr(module, "bias", None), weight, drop, drops)
 
 
 class EagerCopy(EagerHook):

@@ -12,6 +12,7 @@ they train or not, with zeros and the base's tensors for what they lack.
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 
 from vera_fx._context import open_dimensions
 from vera_fx._torch import stamp
-from vera_fx.base.targets import BANK
+from vera_fx.base.modules import BANK
+from vera_fx.branches.kinds import KINDS
 
 
 class Slot:
@@ -62,12 +64,14 @@ def open_ranks(owner: object, kind: str) -> None:
             step, for banks whose adapters do have different ranks.
     """
     sources: list[tuple[str, int]] = []
-    for attribute, dim in ((r"vera_A", 0), (r"vera_B", 1), (r"\w+__lambda_d_*", 0)):
-        sources.append((rf".*\b{BANK}\b.*\.{kind}\d+\.{attribute}$", dim))
-        # Functions made of layers take the same tensors as arguments, named by what was read.
-        argument = attribute.lower() + r"(_\d+)?"
-        sources.append((rf"L\['{BANK}_{kind}\d+_{argument}'\]$", dim))
-    open_dimensions(owner, sources)
+    for branch in KINDS:
+        for name, dim in branch.open_with_rank().items():
+            attribute = name if name in branch.parameters.shared else rf"\w+__{name}_*"
+            sources.append((rf".*\b{BANK}\b.*\.{kind}\d+\.{attribute}$", dim))
+            # Functions made of layers take the same tensors as arguments, named by what was read.
+            argument = attribute.lower() + r"(_\d+)?"
+            sources.append((rf"L\['{BANK}_{kind}\d+_{argument}'\]$", dim))
+    open_dimensions(owner, dict.fromkeys(sources))
 
 
 class SlotNames:
@@ -86,6 +90,21 @@ class SlotNames:
         return self._names[path, name]
 
 
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What of the computing adapters decides how they are best computed, though not what.
+
+    Attributes:
+        ranks: each adapter's rank.
+        trains: whether some of their vectors may train.
+        requests: the plans that they ask for.
+    """
+
+    ranks: tuple[int, ...] = ()
+    trains: bool = False
+    requests: tuple[str, ...] = ()
+
+
 class Binding:
     """The slots of one set of computing adapters.
 
@@ -94,7 +113,7 @@ class Binding:
         served: the same for calls without gradients.
         structure: a number for what of the adapters shapes graphs; 0 if none computes. All else
             about them is data.
-        dropout: each adapter's ``vera_dropout``, which shapes graphs of train mode only.
+        dropout: each adapter's dropout, which shapes graphs of train mode only.
     """
 
     def __init__(

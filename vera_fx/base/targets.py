@@ -1,25 +1,22 @@
 """Chooses the targets: which linear modules a configuration adapts, by PEFT's rules."""
 
-import dataclasses
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vera_fx.base.default_targets import DEFAULT_TARGETS
 from vera_fx.base.hf import is_pretrained
-from vera_fx.config import VeraConfig
+from vera_fx.base.modules import base_modules, module_paths, tensor_paths
+from vera_fx.config import AdapterConfig
 from vera_fx.errors import TargetError, listing, nearest
 from vera_fx.passes import Target
-
-BANK = "vera"
-"""Name under which the adapter bank hangs on the model."""
+from vera_fx.products.kinds import KINDS, known_kind
 
 
 def resolve_targets(
-    model: nn.Module, config: VeraConfig, *, strict: bool = True
+    model: nn.Module, config: AdapterConfig, *, strict: bool = True
 ) -> dict[str, Target]:
     """Find every module that ``config`` targets, in the model's order.
 
@@ -46,11 +43,11 @@ def resolve_targets(
         raise TargetError(_explain_nothing(modules, wanted, config, matches))
     if strict:
         _check_every_entry(modules, wanted)
-    tensors, twins = tensor_paths(model), _module_paths(model)
+    tensors, twins = tensor_paths(model), module_paths(model)
     return {path: _as_target(path, modules[path], tensors, twins) for path in kept}
 
 
-def with_default_targets(model: nn.Module, config: VeraConfig) -> VeraConfig:
+def with_default_targets(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
     """``config`` with the architecture's targets where it gives none.
 
     Raises:
@@ -58,68 +55,25 @@ def with_default_targets(model: nn.Module, config: VeraConfig) -> VeraConfig:
     """
     if config.target_modules is not None:
         return config
-    return dataclasses.replace(config, target_modules=_default(model))
-
-
-def weight_of(model: nn.Module, path: str) -> Tensor:
-    """The weight of the linear module at ``path``."""
-    return cast("Tensor", model.get_submodule(path).weight)
-
-
-def base_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The model's own modules by path (a module's first), without the model and the bank."""
-    return {path: module for path, module in model.named_modules() if path and not in_bank(path)}
-
-
-def in_bank(path: str) -> bool:
-    """True for the bank's own path and all below it."""
-    return path == BANK or path.startswith(f"{BANK}.")
-
-
-def _module_paths(model: nn.Module) -> dict[int, list[str]]:
-    """All paths of each module of the model, by the module's identity."""
-    paths: dict[int, list[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        if not in_bank(path):
-            paths.setdefault(id(module), []).append(path)
-    return paths
-
-
-def is_linear(module: nn.Module) -> bool:
-    """True for ``nn.Linear`` and its subclasses, and for Hugging Face's ``Conv1D``."""
-    return isinstance(module, nn.Linear) or is_conv1d(module)
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """True for Hugging Face's ``Conv1D``, told by name so that transformers stays optional."""
-    return any(
-        cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
-        for cls in type(module).__mro__
-    )
-
-
-def tensor_paths(model: nn.Module) -> dict[int, list[str]]:
-    """All attribute paths of each tensor of the model, by the tensor's identity."""
-    paths: dict[int, list[str]] = {}
-    for named in (model.named_parameters, model.named_buffers):
-        for path, tensor in named(remove_duplicate=False):
-            if not in_bank(path):
-                paths.setdefault(id(tensor), []).append(path)
-    return paths
+    return config.replace(target_modules=_default(model))
 
 
 def _default(model: nn.Module) -> tuple[str, ...] | str:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type in DEFAULT_TARGETS:
         return DEFAULT_TARGETS[model_type]
-    linears = {path.rpartition(".")[2] for path, m in base_modules(model).items() if is_linear(m)}
+    linears = {
+        path.rpartition(".")[2]
+        for path, m in base_modules(model).items()
+        if known_kind(m) is not None
+    }
     raise TargetError(
         f"target_modules was not given, and there is no default for model type {model_type!r}; "
         f"give target_modules, for example from this model's linear modules: {listing(sorted(linears))}"
     )
 
 
-def _matches(path: str, wanted: Iterable[str] | str, config: VeraConfig) -> bool:
+def _matches(path: str, wanted: Iterable[str] | str, config: AdapterConfig) -> bool:
     if isinstance(wanted, str):
         return _full_match(wanted, path)
     if path in wanted:  # a full name also overrides layers_to_transform, as in PEFT
@@ -138,7 +92,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
         raise TargetError(f"{pattern!r} is not a regular expression ({error})") from error
 
 
-def _is_wanted_layer(path: str, config: VeraConfig) -> bool:
+def _is_wanted_layer(path: str, config: AdapterConfig) -> bool:
     layers = config.layers_to_transform
     if layers is None or layers == ():
         return True
@@ -146,7 +100,7 @@ def _is_wanted_layer(path: str, config: VeraConfig) -> bool:
     return index is not None and index in ((layers,) if isinstance(layers, int) else layers)
 
 
-def _layer_index(path: str, config: VeraConfig) -> int | None:
+def _layer_index(path: str, config: AdapterConfig) -> int | None:
     """The first numbered segment of ``path``, or the one below ``layers_pattern``."""
     patterns = config.layers_pattern or ()
     patterns = (patterns,) if isinstance(patterns, str) else patterns
@@ -157,17 +111,17 @@ def _layer_index(path: str, config: VeraConfig) -> int | None:
     return None
 
 
-def _all_linear(model: nn.Module, config: VeraConfig) -> list[str]:
+def _all_linear(model: nn.Module, config: AdapterConfig) -> list[str]:
     """Every linear module of the wanted layers but the head that transformers' models end in."""
     head = _head(model, config) if is_pretrained(model) else None
     return [
         path
         for path, module in base_modules(model).items()
-        if is_linear(module) and module is not head and _is_wanted_layer(path, config)
+        if known_kind(module) is not None and module is not head and _is_wanted_layer(path, config)
     ]
 
 
-def _head(model: Any, config: VeraConfig) -> nn.Module | None:
+def _head(model: Any, config: AdapterConfig) -> nn.Module | None:
     head = model.get_output_embeddings()
     if head is None and config.task_type == "SEQ_CLS":
         heads = (getattr(model, name, None) for name in ("score", "classifier"))
@@ -175,7 +129,7 @@ def _head(model: Any, config: VeraConfig) -> nn.Module | None:
     return head
 
 
-def _is_excluded(path: str, config: VeraConfig) -> bool:
+def _is_excluded(path: str, config: AdapterConfig) -> bool:
     exclude = config.exclude_modules or ()
     if isinstance(exclude, str):
         excluded = _full_match(exclude, path)
@@ -188,7 +142,7 @@ def _is_excluded(path: str, config: VeraConfig) -> bool:
 def _explain_nothing(
     modules: Mapping[str, nn.Module],
     wanted: Iterable[str] | str,
-    config: VeraConfig,
+    config: AdapterConfig,
     matches: list[str],
 ) -> str:
     if matches:
@@ -207,7 +161,11 @@ def _explain_nothing(
 
 
 def _hint(entry: str, modules: Mapping[str, nn.Module]) -> str:
-    linears = {path.rpartition(".")[2] for path, module in modules.items() if is_linear(module)}
+    linears = {
+        path.rpartition(".")[2]
+        for path, module in modules.items()
+        if known_kind(module) is not None
+    }
     hint = nearest(entry.rpartition(".")[2], linears)
     return (
         f"  {entry!r} matches nothing{hint or f'; linear modules here: {listing(sorted(linears))}'}"
@@ -225,41 +183,31 @@ def _check_every_entry(modules: Mapping[str, nn.Module], wanted: Iterable[str] |
         raise TargetError("\n".join([text, *(_hint(name, modules) for name in lost)]))
 
 
+def _known() -> str:
+    return ", ".join(kind.name for kind in reversed(KINDS))
+
+
 def _as_target(
     path: str,
     module: nn.Module,
     tensors: Mapping[int, list[str]],
     modules: Mapping[int, list[str]],
 ) -> Target:
-    if not is_linear(module):
+    kind = known_kind(module)
+    if kind is None:
         raise TargetError(
-            f"target {path!r} is a {type(module).__name__}; only nn.Linear and Hugging Face's Conv1D "
-            "can be adapted. Give a narrower target_modules, or name it in exclude_modules"
+            f"target {path!r} is a {type(module).__name__}; only {_known()} can be adapted. "
+            "Give a narrower target_modules, or name it in exclude_modules"
         )
-    weight = cast("Tensor", module.weight)
-    if torch.nn.parameter.is_lazy(weight):
-        raise TargetError(f"target {path!r} is lazy; call the model once before adapting it")
-    if weight.is_meta and hasattr(module, "_hf_hook"):
-        raise TargetError(
-            f"target {path!r} is offloaded by accelerate, which moves weights around during each call; "
-            "load the model onto one device"
-        )
-    _check_weight(path, weight)
-    rows, columns = weight.shape
-    flipped = is_conv1d(module)
+    reason = kind.refusal(module)
+    if reason is not None:
+        raise TargetError(f"target {path!r} {reason}")
+    in_features, out_features = kind.features(module)
     return Target(
         path,
-        in_features=rows if flipped else columns,
-        out_features=columns if flipped else rows,
-        layout="in_out" if flipped else "out_in",
-        weights=tuple(tensors.get(id(weight), ())),
+        in_features=in_features,
+        out_features=out_features,
+        product=kind.product(module),
+        weights=tuple(tensors.get(id(getattr(module, "weight", None)), ())),
         aliases=tuple(alias for alias in modules[id(module)] if alias != path),
     )
-
-
-def _check_weight(path: str, weight: Tensor) -> None:
-    if not weight.dtype.is_floating_point or weight.ndim != 2:  # noqa: PLR2004
-        raise TargetError(
-            f"target {path!r} has a weight of dtype {weight.dtype} and shape {tuple(weight.shape)}; "
-            "quantised and packed weights are not supported, leave it out of target_modules"
-        )

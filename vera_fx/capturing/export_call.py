@@ -22,7 +22,7 @@ from torch.fx.graph import CodeGen
 from vera_fx._context import capturing
 from vera_fx._torch import TreeSpec
 from vera_fx.base.hf import capture_hint, checkpointing_recorded, export_patches
-from vera_fx.base.targets import BANK
+from vera_fx.base.modules import BANK
 from vera_fx.capturing.open_integers import sizes_as_integers
 from vera_fx.capturing.returned_objects import Stateful, mark_returned
 from vera_fx.capturing.signature import Call, CallReader, map_tensors

@@ -1,6 +1,5 @@
 """Reads adapters from disk, vera_fx's and PEFT's, onto a model; nothing is made and then overwritten."""
 
-import dataclasses
 import os
 import warnings
 from collections.abc import Mapping
@@ -10,27 +9,20 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from vera_fx.bank.adapter import Adapter
-from vera_fx.bank.bank import AdapterBank, bank_of
-from vera_fx.bank.build import (
-    Blueprint,
-    build_adapter,
-    draw,
-    home_of,
-    install,
-    projection_sizes,
-    settle,
-)
+from vera_fx.bank.bank import bank_of
+from vera_fx.bank.blueprint import Blueprint
+from vera_fx.bank.build import build_adapter, draw, install, settle
 from vera_fx.bank.names import check_name
-from vera_fx.bank.projections import Projections
 from vera_fx.checkpoint.embeddings import take_embeddings
 from vera_fx.checkpoint.peft_config import CONFIG_FILE, read_json, read_origin
 from vera_fx.checkpoint.state_dict import assign, owned_tensors, plan_of, projections_hash
 from vera_fx.checkpoint.weights_file import (
     HASH,
-    PROJECTIONS,
     WEIGHTS_FILE,
     check_state,
     read_weights,
+    shared_keys,
+    take_shared,
 )
 from vera_fx.errors import CheckpointError
 from vera_fx.model.adapt import adapt_with, check_adaptable
@@ -50,45 +42,48 @@ def load_adapter(
 ) -> M:
     """Load an adapter that vera_fx or PEFT saved; adapts the model if it is not adapted yet.
 
-    It becomes active if no other adapter is; otherwise `set_adapter` switches to it. If it becomes
-    active for inference, the model goes into eval mode, as in PEFT. What the file holds is never
-    made first: vectors, saved modules and projections are those of the file.
+    It becomes active if no other is; if so for inference, the model goes into eval mode.
 
     Args:
-        model: a model, adapted or not.
+        model: a model, adapted or not; it is returned.
         directory: folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
         adapter_name: name to give it, whatever it was called when it was saved.
-        trainable: whether it may train; one loaded for inference never does.
+        trainable: whether it may train.
         autocast_adapter_dtype: keep the vectors of half-precision models in float32, as PEFT does.
         plan: how to compute the branch, see `VeraConfig.plan`; checkpoints do not say.
 
-    Returns:
-        The same model.
-
     Raises:
         CheckpointError: the files are missing, damaged or do not fit the model.
-        AdapterError: the name is taken or cannot be used.
-        The model is unchanged after any of them.
+        AdapterError: the name is taken or cannot be used. The model is unchanged after both.
     """
     folder = Path(directory)
-    bank = bank_of(model) if is_adapted(model) else AdapterBank()
-    check_name(adapter_name, bank.adapters)
-    config = dataclasses.replace(read_json(folder), plan=plan)
-    state, metadata = read_weights(folder)
+    check_name(adapter_name, bank_of(model).adapters if is_adapted(model) else ())
+    config, (state, metadata) = read_json(folder).replace(plan=plan), read_weights(folder)
     if not is_adapted(model):
         check_adaptable(model, config)
     layout = plan_of(model, config, folder, autocast=autocast_adapter_dtype)
     adapter = _adapter(model, layout, state, folder, trainable=trainable)
-    pair = _projections(model, layout, state, metadata, folder)
+    pair = _projections(layout, state, metadata, folder)
     if is_adapted(model):
-        adapter.projections = bank.share_projections(*pair, persistent=config.save_projection)
-        install(model, bank, adapter_name, adapter, layout.targets)
-        bank.activate(bank.active or (adapter_name,))
+        _join(model, adapter_name, adapter, pair, layout)
     else:
         adapt_with(model, adapter_name, adapter, pair, layout)
     if not trainable and bank_of(model).active == (adapter_name,):
         model.eval()
     return model
+
+
+def _join(
+    model: nn.Module,
+    name: str,
+    adapter: Adapter,
+    projections: Mapping[str, Tensor],
+    layout: Blueprint,
+) -> None:
+    """Put a finished adapter beside others; it becomes active if none is."""
+    bank = bank_of(model)
+    install(model, bank, name, adapter, projections, layout.targets)
+    bank.activate(bank.active or (name,))
 
 
 def _adapter(
@@ -104,8 +99,9 @@ def _adapter(
     shapes = {key: tensor.shape for key, tensor in owned_tensors(adapter)}
     rest = dict(state)
     embeddings = list(take_embeddings(model, adapter, rest, shapes))
-    check_state(shapes, rest, source=str(folder / WEIGHTS_FILE))
-    assign(adapter, rest, home_of(model, layout))
+    known = shared_keys(layout.kind).values()
+    check_state(shapes, rest, source=str(folder / WEIGHTS_FILE), shared=known)
+    assign(adapter, rest, layout.home)
     adapter.origin = read_origin(folder)
     for path, frozen in embeddings:
         adapter.copies.put(path, frozen)
@@ -114,37 +110,42 @@ def _adapter(
 
 
 def _projections(
-    model: nn.Module,
-    layout: Blueprint,
-    state: Mapping[str, Tensor],
-    metadata: Mapping[str, str],
-    folder: Path,
-) -> tuple[Tensor, Tensor]:
+    layout: Blueprint, state: Mapping[str, Tensor], metadata: Mapping[str, str], folder: Path
+) -> dict[str, Tensor]:
     """The projections an adapter was trained with: from its file, or drawn again and checked."""
-    stored = [state[key] for key in PROJECTIONS if key in state]
-    if len(stored) == len(PROJECTIONS):
-        _check_sizes(stored[0], stored[1], layout, folder)
-        return settle(model, layout, stored[0]), settle(model, layout, stored[1])
-    if layout.config.save_projection:
+    stored = take_shared(layout.kind, state)
+    if stored is not None:
+        _check_sizes(stored, layout, folder)
+        return {name: settle(layout, tensor) for name, tensor in stored.items()}
+    keys = shared_keys(layout.kind)
+    if keys and layout.config.saves_shared:
         raise CheckpointError(
-            f"{folder / CONFIG_FILE} says save_projection=true, but {WEIGHTS_FILE} has no vera_A and vera_B"
+            f"{folder / CONFIG_FILE} says that the projections are saved with it, but {WEIGHTS_FILE} "
+            f"has no {' and '.join(keys)}"
         )
-    drawn = draw(model, layout)
-    _check_hash(*drawn, metadata, folder)
+    drawn = draw(layout)
+    if keys:
+        _check_hash(drawn, metadata, folder)
     return drawn
 
 
-def _check_sizes(A: Tensor, B: Tensor, layout: Blueprint, folder: Path) -> None:
-    r, (max_in, max_out) = layout.config.r, projection_sizes(layout)
-    fits = A.ndim == B.ndim == 2 and A.shape[0] == B.shape[1] == r  # noqa: PLR2004
-    if not fits or A.shape[1] < max_in or B.shape[0] < max_out:
-        raise CheckpointError(
-            f"{folder / WEIGHTS_FILE}: vera_A {tuple(A.shape)} and vera_B {tuple(B.shape)} do not fit; "
-            f"this model and configuration need {(r, max_in)} and {(max_out, r)}"
+def _check_sizes(stored: Mapping[str, Tensor], layout: Blueprint, folder: Path) -> None:
+    r = layout.config.r
+    needed = layout.kind.shared_sizes(r, *layout.sizes)
+    for name, dims in layout.kind.parameters.shared.items():
+        found = stored[name].shape
+        fits = len(found) == len(dims) and all(
+            have == want if dim == "r" else have >= want
+            for have, want, dim in zip(found, needed[name], dims, strict=True)
         )
+        if not fits:
+            raise CheckpointError(
+                f"{folder / WEIGHTS_FILE}: {name} {tuple(found)} does not fit; this model and "
+                f"configuration need {needed[name]}"
+            )
 
 
-def _check_hash(A: Tensor, B: Tensor, metadata: Mapping[str, str], folder: Path) -> None:
+def _check_hash(drawn: Mapping[str, Tensor], metadata: Mapping[str, str], folder: Path) -> None:
     """Compare drawn projections with the hash of those that the adapter was trained with."""
     known = metadata.get(HASH)
     if known is None:
@@ -153,7 +154,7 @@ def _check_hash(A: Tensor, B: Tensor, metadata: Mapping[str, str], folder: Path)
             "projection_prng_key, which torch does not promise to repeat on every platform",
             stacklevel=4,
         )
-    elif known != projections_hash(Projections(A, B)):
+    elif known != projections_hash(drawn):
         raise CheckpointError(
             f"{folder} has no projections, and those drawn from projection_prng_key are not the ones "
             "it was trained with (another torch version, or a base of another dtype); save it with "

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from vera_fx.bank.adapter import Adapter
 from vera_fx.bank.bank import AdapterBank
 from vera_fx.bank.names import one_adapter
 from vera_fx.base.hf import base_model_name
-from vera_fx.base.targets import is_conv1d
+from vera_fx.branches.protocol import LoraForm
 from vera_fx.checkpoint.lora_rank import check_rank, reduced
 from vera_fx.checkpoint.peft_config import CONFIG_FILE, PEFT_VERSION, auto_mapping, exact_targets
 from vera_fx.checkpoint.state_dict import owned_tensors
@@ -22,9 +22,10 @@ from vera_fx.checkpoint.weights_file import KEY_PREFIX, WEIGHTS_FILE
 from vera_fx.errors import CheckpointError
 from vera_fx.files import moved_into
 from vera_fx.graphs.runtime import require_adapted
+from vera_fx.products.kinds import is_flipped
 
 ERRORS = "vera_fx.rank_errors"
-_BIASES = {"none": "none", "all": "all", "vera_only": "lora_only"}
+_BIASES = {"none": "none", "all": "all", "targets": "lora_only"}
 
 
 def to_lora(
@@ -36,20 +37,16 @@ def to_lora(
 ) -> Path:
     """Write an adapter as the LoRA adapter of the same rank that is equal to it.
 
-    ``lora_A = diag(d) A``, ``lora_B = diag(b) B`` and ``lora_alpha = r``, so that LoRA's
-    ``(alpha / r) lora_B lora_A`` is VeRA's ``diag(b) B diag(d) A``: no approximation, but each target
-    gets matrices of its own, ``r * (in + out)`` numbers in place of VeRA's ``r + out``.
+    No approximation, but each target gets matrices of its own, ``r * (in + out)`` numbers in place of
+    VeRA's ``r + out``; a DVoRA adapter becomes LoRA with DoRA.
 
     Args:
         model: an adapted model.
-        directory: folder for ``adapter_config.json`` and ``adapter_model.safetensors`` in PEFT's
-            LoRA layout; made if it does not exist. Saved modules and trained biases go along.
+        directory: folder for PEFT's two files, which is returned; made if it does not exist. Saved modules and trained
+            biases go along.
         adapter: the adapter to write; None for the active one.
         rank: reduce to this rank by the best approximation of each target's update; `lora_errors`
             tells before, and the file's metadata after, what is lost. None is exact.
-
-    Returns:
-        The folder.
 
     Raises:
         ConfigError: ``rank`` is not between 1 and the adapter's.
@@ -62,20 +59,21 @@ def to_lora(
     chosen = bank.adapter(name)
     if name in bank.merged and chosen.copies.by_path:
         raise CheckpointError(f"adapter {name!r} is merged; unmerge the model before to_lora")
+    errors = {} if rank is None else {ERRORS: json.dumps(lora_errors(model, rank, name))}
     tensors = {key: value.detach().cpu().contiguous() for key, value in _lora(bank, chosen, rank)}
-    metadata = {"format": "pt"}
-    if rank is not None:
-        metadata[ERRORS] = json.dumps(lora_errors(model, rank, name))
-    folder = Path(directory)
     try:
-        with moved_into(folder) as aside:
-            save_file(tensors, aside / WEIGHTS_FILE, metadata=metadata)
-            (aside / CONFIG_FILE).write_text(_config(model, chosen, rank), encoding="utf-8")
+        _write(Path(directory), tensors, errors, _config(model, chosen, rank))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"adapter {name!r} could not be written to {folder} as LoRA: {error}"
+            f"adapter {name!r} could not be written to {directory} as LoRA: {error}"
         ) from error
-    return folder
+    return Path(directory)
+
+
+def _write(folder: Path, tensors: dict[str, Tensor], more: Mapping[str, str], config: str) -> None:
+    with moved_into(folder) as aside:
+        save_file(tensors, aside / WEIGHTS_FILE, metadata={"format": "pt", **more})
+        (aside / CONFIG_FILE).write_text(config, encoding="utf-8")
 
 
 def lora_errors(model: nn.Module, rank: int, adapter: str | None = None) -> dict[str, float]:
@@ -97,31 +95,32 @@ def lora_errors(model: nn.Module, rank: int, adapter: str | None = None) -> dict
     bank = require_adapted(model)
     chosen = bank.adapter(one_adapter(bank.adapters, bank.active, adapter))
     check_rank(rank, chosen.config.r)
-    return {path: reduced(A, B, rank)[2] for path, A, B in _matrices(bank, chosen)}
+    forms = _forms(bank, chosen)
+    return {path: reduced(form.A, form.B, rank)[2] for path, form in forms}
 
 
-def _matrices(bank: AdapterBank, adapter: Adapter) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """``(path, diag(d) A, diag(b) B)`` of every target: ``(r, in)`` and ``(out, r)``."""
-    pair = bank.projections_of(adapter)
+def _forms(bank: AdapterBank, adapter: Adapter) -> Iterator[tuple[str, LoraForm]]:
+    """The branch of every target as LoRA's."""
+    shared = bank.projections_of(adapter).tensors
     for path in adapter.vectors.by_path:
-        vectors, target = adapter.vectors_at(path), bank.targets[path]
-        if vectors is None:
-            continue
-        d, b = vectors.vera_lambda_d.detach(), vectors.vera_lambda_b.detach()
-        A, B = pair.vera_A[:, : target.in_features], pair.vera_B[: target.out_features]
-        yield path, d[:, None] * A, b[:, None] * B
+        vectors, target = adapter.vectors_at(path), bank.structure.targets[path]
+        if vectors is not None:
+            own = {name: tensor.detach() for name, tensor in vectors.tensors.items()}
+            yield path, adapter.kind.maths.lora(shared | own, target.in_features)
 
 
 def _lora(bank: AdapterBank, adapter: Adapter, rank: int | None) -> Iterator[tuple[str, Tensor]]:
     """PEFT's LoRA keys and tensors: ``lora_A (r, in)``, ``lora_B (out, r)``, then the copies."""
     if rank is not None:
         check_rank(rank, adapter.config.r)
-    for path, A, B in _matrices(bank, adapter):
-        lora_A, lora_B = (A, B) if rank is None else reduced(A, B, rank)[:2]
+    for path, form in _forms(bank, adapter):
+        lora_A, lora_B = (form.A, form.B) if rank is None else reduced(form.A, form.B, rank)[:2]
         yield f"{KEY_PREFIX}{path}.lora_A.weight", lora_A
         yield f"{KEY_PREFIX}{path}.lora_B.weight", lora_B
+        yield from ((f"{KEY_PREFIX}{path}.{end}", value) for end, value in form.more.items())
+    own = {id(t) for v in adapter.vectors.by_path.values() for t in v.parameters()}
     for key, tensor in owned_tensors(adapter):
-        if not key.endswith((".vera_lambda_d", ".vera_lambda_b")):
+        if id(tensor) not in own:
             yield key, tensor.clone()
 
 
@@ -131,17 +130,18 @@ def _config(model: nn.Module, adapter: Adapter, rank: int | None) -> str:
     values: dict[str, Any] = {
         "auto_mapping": auto_mapping(model, config),
         "base_model_name_or_path": base_model_name(model),
-        "bias": _BIASES[config.bias],
-        "fan_in_fan_out": any(is_conv1d(model.get_submodule(path)) for path in paths),
+        "bias": _BIASES[config.trains_biases],
+        "fan_in_fan_out": any(is_flipped(model, path) for path in paths),
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": r,
-        "lora_dropout": config.vera_dropout,
+        "lora_dropout": config.dropout,
         "modules_to_save": list(config.saved_modules) or None,
         "peft_type": "LORA",
         "peft_version": PEFT_VERSION,
         "r": r,
         "target_modules": exact_targets(model, paths),
         "task_type": config.task_type,
+        **adapter.kind.maths.lora_fields,
     }
     return json.dumps(values, indent=2, sort_keys=True) + "\n"

@@ -48,9 +48,10 @@ def _front_matter(model: nn.Module, adapter: Adapter) -> Iterator[str]:
 def _text(model: nn.Module, adapter: Adapter) -> Iterator[str]:
     config, base = adapter.config, base_model_name(model)
     trained = sum(p.numel() for p in adapter.parameters())
-    yield "# VeRA adapter"
+    kind = adapter.kind
+    yield f"# {kind.name} adapter"
     yield ""
-    yield f"An adapter for `{base or type(model).__name__}`, trained by VeRA ([arXiv 2310.11454])."
+    yield f"An adapter for `{base or type(model).__name__}`, trained by {kind.name} ([{kind.paper}])."
     yield ""
     yield "| | |"
     yield "|---|---|"
@@ -60,7 +61,12 @@ def _text(model: nn.Module, adapter: Adapter) -> Iterator[str]:
     if config.saved_modules:
         yield f"| modules trained in full | {', '.join(config.saved_modules)} |"
     yield ""
-    yield "Loads with PEFT (`PeftModel.from_pretrained`) and with vera_fx (`vera_fx.load_adapter`)."
+    peft = (
+        f"not with PEFT: {kind.not_peft}"
+        if kind.not_peft
+        else "and with PEFT (`PeftModel.from_pretrained`)"
+    )
+    yield f"Loads with vera_fx (`vera_fx.load_adapter`) {peft}."
     yield ""
     yield "### Framework versions"
     yield ""

@@ -5,25 +5,26 @@ import functools
 import threading
 from collections.abc import Container, Mapping
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from vera_fx.bank.bank import bank_of
-from vera_fx.bank.build import Blueprint, build_adapter, draw
+from vera_fx.bank.blueprint import Blueprint
+from vera_fx.bank.build import build_adapter, draw
 from vera_fx.bank.packed import Group, Packed
 from vera_fx.bank.projections import Projections
 from vera_fx.checkpoint.peft_config import CONFIG_FILE, read_json
 from vera_fx.checkpoint.state_dict import owned_tensors, plan_of, projections_hash
 from vera_fx.checkpoint.weights_file import (
     HASH,
-    PROJECTIONS,
     WEIGHTS_FILE,
     check_state,
     read_weights,
+    shared_keys,
+    take_shared,
 )
-from vera_fx.config import VeraConfig
+from vera_fx.config import AdapterConfig
 from vera_fx.errors import CheckpointError, listing
 from vera_fx.mixing.check import mixer_of
 
@@ -37,13 +38,13 @@ class Form:
     Attributes:
         layout: their targets.
         shapes: the sizes of every tensor under its key in files.
-        vectors: for each target's path, the keys of ``lambda_d`` and ``lambda_b``.
+        vectors: for each target's path, the key of each of its vectors by name.
         copies: path of every tensor of the base that is replaced -> its key.
     """
 
     layout: Blueprint
     shapes: Mapping[str, torch.Size]
-    vectors: Mapping[str, tuple[str, str]]
+    vectors: Mapping[str, Mapping[str, str]]
     copies: Mapping[str, str]
 
 
@@ -53,8 +54,8 @@ class Packer:
     def __init__(self, model: nn.Module) -> None:
         self._model, self._bank = model, bank_of(model)
         self._lock = threading.Lock()
-        self._forms: dict[VeraConfig, Form] = {}
-        self._hash = functools.lru_cache(_KINDS)(projections_hash)
+        self._forms: dict[AdapterConfig, Form] = {}
+        self._hash = functools.lru_cache(_KINDS)(lambda known: projections_hash(known.tensors))
 
     def read(self, folder: Path) -> Packed:
         """The adapter in ``folder``.
@@ -66,7 +67,8 @@ class Packer:
         config = read_json(folder)
         form = self._form(config, folder)
         state, metadata = read_weights(folder)
-        check_state(form.shapes, state, source=str(folder / WEIGHTS_FILE))
+        known = shared_keys(form.layout.kind).values()
+        check_state(form.shapes, state, source=str(folder / WEIGHTS_FILE), shared=known)
         _check_values(form, state, folder)
         key = self._projections(form, state, metadata, folder)
         mixer = mixer_of(self._model)
@@ -80,9 +82,9 @@ class Packer:
         """Whether the bank still holds the projections that the adapter was trained with."""
         return self._bank.projections._modules.get(packed.projections) is packed.pair
 
-    def _form(self, config: VeraConfig, folder: Path) -> Form:
+    def _form(self, config: AdapterConfig, folder: Path) -> Form:
         # Before anything of that size is made: the file may come from anyone.
-        if config.r not in {cast("Projections", p).r for p in self._bank.projections.values()}:
+        if config.r not in self._bank.shared.ranks():
             raise self._other_projections(folder)
         with self._lock:  # it is worth making once
             if config not in self._forms:
@@ -91,17 +93,17 @@ class Packer:
                 self._forms[config] = self._new_form(config, folder)
             return self._forms[config]
 
-    def _new_form(self, config: VeraConfig, folder: Path) -> Form:
+    def _new_form(self, config: AdapterConfig, folder: Path) -> Form:
         layout = plan_of(self._model, config, folder, autocast=True)
-        fresh = dataclasses.replace(layout, config=dataclasses.replace(config, init_weights=True))
+        fresh = dataclasses.replace(layout, config=config.replace(init_weights=True))
         adapter = build_adapter(self._model, fresh, trainable=False)
         named = dict(owned_tensors(adapter))
         keys = {id(tensor): key for key, tensor in named.items()}
-        vectors: dict[str, tuple[str, str]] = {}
+        vectors: dict[str, dict[str, str]] = {}
         for path in adapter.vectors.by_path:
             found = adapter.vectors_at(path)
             if found is not None:
-                vectors[path] = keys[id(found.vera_lambda_d)], keys[id(found.vera_lambda_b)]
+                vectors[path] = {name: keys[id(t)] for name, t in found.tensors.items()}
         copies = {
             path: keys[id(tensor)] for path, tensor in adapter.copied.items() if id(tensor) in keys
         }
@@ -111,8 +113,8 @@ class Packer:
         self, form: Form, state: Mapping[str, Tensor], metadata: Mapping[str, str], folder: Path
     ) -> str:
         """The key of the projections that the adapter was trained with."""
-        for key, known in self._bank.projections.items():
-            if self._same(cast("Projections", known), form, state, metadata):
+        for key, known in self._bank.shared.items():
+            if known.kind is form.layout.kind and self._same(known, form, state, metadata):
                 return key
         raise self._other_projections(folder)
 
@@ -130,12 +132,12 @@ class Packer:
         state: Mapping[str, Tensor],
         metadata: Mapping[str, str],
     ) -> bool:
-        stored = [state[key] for key in PROJECTIONS if key in state]
-        if len(stored) == len(PROJECTIONS):
-            return known.equals(stored[0], stored[1])
+        stored = take_shared(form.layout.kind, state)
+        if stored is not None:
+            return known.equals(stored)
         if HASH in metadata:
             return metadata[HASH] == self._hash(known)
-        return known.equals(*draw(self._model, form.layout))
+        return known.equals(draw(form.layout))
 
 
 def _check_values(form: Form, state: Mapping[str, Tensor], folder: Path) -> None:
@@ -159,8 +161,8 @@ def _check_places(form: Form, group: Group, copies: Container[str], folder: Path
 
 def _row(form: Form, group: Group, state: Mapping[str, Tensor]) -> Tensor:
     row = torch.zeros(group.width, dtype=group.dtype)
-    for path, (d, b) in form.vectors.items():
-        d_at, b_at = group.places[path]
-        row[d_at:b_at] = state[d]
-        row[b_at : b_at + state[b].numel()] = state[b]
+    columns = dict(group.columns())
+    for path, keys in form.vectors.items():
+        for name, start, end in columns[path]:
+            row[start:end] = state[keys[name]]
     return row

@@ -6,21 +6,22 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from vera_fx.bank.adapter import Adapter
 from vera_fx.base.hf import base_model_name
-from vera_fx.base.targets import base_modules, is_conv1d
-from vera_fx.config import VeraConfig
+from vera_fx.base.modules import base_modules
+from vera_fx.branches.kinds import kind_called, known_types
+from vera_fx.config import AdapterConfig
 from vera_fx.errors import CheckpointError, ConfigError, listing, nearest
+from vera_fx.products.kinds import is_flipped
 
 CONFIG_FILE = "adapter_config.json"
 PEFT_VERSION = "0.21.2"
 """The PEFT release whose files these are; newer files may have keys that are unknown here."""
 
-_OURS = frozenset(field.name for field in fields(VeraConfig)) - {"exclude_modules", "plan"}
 _BASE, _REVISION = "base_model_name_or_path", "revision"
 _PEFTS = frozenset(
     {
@@ -38,11 +39,11 @@ _MAX_BYTES = 1 << 20
 def to_json(model: nn.Module, adapter: Adapter) -> str:
     """The text of an adapter's ``adapter_config.json``."""
     config = adapter.config
-    values: dict[str, Any] = {name: _plain(getattr(config, name)) for name in _OURS}
+    values: dict[str, Any] = {n: _plain(getattr(config, n)) for n in _fields(type(config))}
     values["modules_to_save"] = list(config.saved_modules) or None
     # PEFT flips the flag at every target of the other kind; what it writes is that of the last one.
     *_, last = adapter.vectors.by_path
-    values["fan_in_fan_out"] = is_conv1d(model.get_submodule(last))
+    values["fan_in_fan_out"] = is_flipped(model, last)
     if config.is_all_linear or config.exclude_modules:
         # PEFT knows no exclude_modules, so the choice is written out as full paths.
         values["target_modules"] = exact_targets(model, adapter.vectors.by_path)
@@ -51,7 +52,7 @@ def to_json(model: nn.Module, adapter: Adapter) -> str:
         auto_mapping=auto_mapping(model, config),
         base_model_name_or_path=base_model_name(model) or adapter.origin.get(_BASE),
         inference_mode=True,
-        peft_type="VERA",
+        peft_type=adapter.kind.peft_type,
         peft_version=PEFT_VERSION,
         revision=adapter.origin.get(_REVISION),
     )
@@ -72,7 +73,7 @@ def _plain(value: Any) -> Any:
     return sorted(value) if isinstance(value, tuple) else value
 
 
-def auto_mapping(model: nn.Module, config: VeraConfig) -> dict[str, str] | None:
+def auto_mapping(model: nn.Module, config: AdapterConfig) -> dict[str, str] | None:
     """What PEFT notes of a model that no task type describes."""
     if config.task_type is not None:
         return None
@@ -80,7 +81,7 @@ def auto_mapping(model: nn.Module, config: VeraConfig) -> dict[str, str] | None:
     return {"base_model_class": kind.__name__, "parent_library": kind.__module__}
 
 
-def read_json(directory: Path) -> VeraConfig:
+def read_json(directory: Path) -> AdapterConfig:
     """Read ``adapter_config.json``.
 
     Raises:
@@ -89,15 +90,17 @@ def read_json(directory: Path) -> VeraConfig:
     """
     path = directory / CONFIG_FILE
     values = _parse(path)
-    kind = values.get("peft_type")
-    if kind != "VERA":
+    kind = kind_called(values.get("peft_type"))
+    if kind is None:
         raise CheckpointError(
-            f"{path} is for peft_type={kind!r}; vera_fx loads 'VERA' adapters only"
+            f"{path} is for peft_type={values.get('peft_type')!r}; vera_fx loads {known_types()} "
+            "adapters only"
         )
-    _check_keys(path, values)
-    given = {name: values[name] for name in _OURS if name in values}
+    names = _fields(kind.config)
+    _check_keys(path, values, names)
+    given = {name: values[name] for name in names if name in values}
     try:
-        return VeraConfig(**given)
+        return kind.config(**given)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
 
@@ -135,8 +138,14 @@ def _parse(path: Path) -> Mapping[str, Any]:
     return values
 
 
-def _check_keys(path: Path, values: Mapping[str, Any]) -> None:
-    known = _OURS | _PEFTS
+def _fields(config: type[AdapterConfig]) -> frozenset[str]:
+    """The fields that PEFT knows as well."""
+    names = (field.name for field in fields(cast("Any", config)))
+    return frozenset(names) - {"exclude_modules", "plan"}
+
+
+def _check_keys(path: Path, values: Mapping[str, Any], names: frozenset[str]) -> None:
+    known = names | _PEFTS
     unknown = sorted(set(values) - known)
     if not unknown:
         return

@@ -119,7 +119,7 @@ def _write(
 ) -> Path:
     adapter = bank.adapter(name)
     tensors = {key: tensor.cpu().contiguous().clone() for key, tensor in state.items()}
-    metadata = {"format": "pt", HASH: projections_hash(bank.projections_of(adapter))}
+    metadata = {"format": "pt", HASH: projections_hash(bank.projections_of(adapter).tensors)}
     try:
         with moved_into(folder) as aside:
             save_file(tensors, aside / WEIGHTS_FILE, metadata=metadata)

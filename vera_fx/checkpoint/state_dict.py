@@ -8,20 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from vera_fx.bank.adapter import Adapter, TrainedBias
-from vera_fx.bank.build import Blueprint, blueprint
+from vera_fx.bank.blueprint import Blueprint, blueprint
 from vera_fx.bank.names import check_known
-from vera_fx.bank.projections import Projections
 from vera_fx.base.targets import resolve_targets
+from vera_fx.branches.protocol import BranchKind
 from vera_fx.checkpoint.weights_file import (
     HASH,
     KEY_PREFIX,
-    PROJECTIONS,
     check_state,
     is_stray,
     plain,
     read_weights,
+    shared_keys,
+    take_shared,
 )
-from vera_fx.config import VeraConfig
+from vera_fx.config import AdapterConfig
 from vera_fx.errors import CheckpointError, TargetError
 from vera_fx.graphs.runtime import require_adapted
 
@@ -29,9 +30,9 @@ from vera_fx.graphs.runtime import require_adapted
 def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
     """The adapter's tensors under PEFT's keys, detached but not copied.
 
-    ``base_model.model.<target>.vera_lambda_d`` ``(r,)`` and ``.vera_lambda_b`` ``(out,)``, trained
-    biases and saved modules, and with ``save_projection`` also ``base_model.vera_A`` ``(r, max_in)``
-    and ``base_model.vera_B`` ``(max_out, r)``.
+    ``base_model.model.<target>.<name>`` for the vectors of every target, trained biases and saved
+    modules, and with ``save_projection`` also ``base_model.<name>`` for the projections. Names and
+    sizes are those of the adapter's kind (`vera_fx.branches`).
 
     Raises:
         AdapterError: the model is not adapted, or there is no such adapter.
@@ -40,9 +41,9 @@ def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Ten
     check_known(name, bank.adapters)
     adapter = bank.adapter(name)
     state = {key: tensor.detach() for key, tensor in owned_tensors(adapter)}
-    if adapter.config.save_projection:
-        pair = bank.projections_of(adapter)
-        state.update(zip(PROJECTIONS, (pair.vera_A, pair.vera_B), strict=True))
+    if adapter.config.saves_shared:
+        shared, keys = bank.projections_of(adapter).tensors, shared_keys(adapter.kind)
+        state.update((keys[name], tensor) for name, tensor in shared.items())
     return state
 
 
@@ -76,15 +77,16 @@ def load_adapter_state_dict(
     adapter = bank.adapter(name)
     pair = bank.projections_of(adapter)
     state = {plain(key): tensor for key, tensor in state.items()}
-    given = [state[key] for key in PROJECTIONS if key in state]
-    if len(given) == len(PROJECTIONS) and not pair.equals(given[0], given[1]):
+    given = take_shared(adapter.kind, state)
+    if given is not None and not pair.equals(given):
         raise CheckpointError(
             f"the projections given for adapter {name!r} differ from those it was made with; "
             "load the files under another name with load_adapter"
         )
     expected = dict(owned_tensors(adapter))
     shapes = {key: tensor.shape for key, tensor in expected.items()}
-    check_state(shapes, state, source=f"the state given for adapter {name!r}")
+    known = shared_keys(adapter.kind).values()
+    check_state(shapes, state, source=f"the state given for adapter {name!r}", shared=known)
     with torch.no_grad():
         for key, tensor in expected.items():
             tensor.copy_(state[key])
@@ -100,7 +102,7 @@ def assign(adapter: Adapter, state: Mapping[str, Tensor], device: torch.device) 
         module.load_state_dict(values, assign=True)
 
 
-def plan_of(model: nn.Module, config: VeraConfig, folder: Path, *, autocast: bool) -> Blueprint:
+def plan_of(model: nn.Module, config: AdapterConfig, folder: Path, *, autocast: bool) -> Blueprint:
     """What the adapter in ``folder`` is on this model.
 
     Raises:
@@ -115,22 +117,22 @@ def plan_of(model: nn.Module, config: VeraConfig, folder: Path, *, autocast: boo
         ) from error
 
 
-def projections_hash(pair: Projections) -> str:
-    """SHA-256 over the values of ``vera_A`` and ``vera_B`` in float32."""
+def projections_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the values of the projections in float32, in their kind's order."""
     digest = hashlib.sha256()
-    for tensor in (pair.vera_A, pair.vera_B):
+    for tensor in tensors.values():
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
-def read_adapter(folder: Path) -> tuple[dict[str, Tensor], str | None]:
+def read_adapter(folder: Path, kind: BranchKind) -> tuple[dict[str, Tensor], str | None]:
     """An adapter's own tensors by their keys, and the hash of its projections if the files tell.
 
     Raises:
         CheckpointError: the files are missing or damaged.
     """
     state, metadata = read_weights(folder)
-    pair = [state.pop(key) for key in PROJECTIONS if key in state]
-    known = projections_hash(Projections(*pair)) if len(pair) == len(PROJECTIONS) else None
-    own = {key: value for key, value in state.items() if not is_stray(key)}
+    shared, keys = take_shared(kind, state), set(shared_keys(kind).values())
+    known = None if shared is None else projections_hash(shared)
+    own = {k: value for k, value in state.items() if k not in keys and not is_stray(k)}
     return own, metadata.get(HASH) or known

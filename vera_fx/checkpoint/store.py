@@ -19,6 +19,7 @@ from vera_fx.checkpoint.packing import Packer
 from vera_fx.checkpoint.peft_config import CONFIG_FILE
 from vera_fx.checkpoint.weights_file import WEIGHTS_FILE
 from vera_fx.errors import AdapterError, CheckpointError, VeraFxError, first_line, listing, nearest
+from vera_fx.files import copy_synced
 from vera_fx.graphs.runtime import require_adapted
 from vera_fx.mixing.check import STORE
 
@@ -186,7 +187,7 @@ class AdapterStore:
             raise CheckpointError(f"{self.folder} cannot be written to: {error}") from error
         try:
             for file in (CONFIG_FILE, WEIGHTS_FILE):
-                _copied(Path(source) / file, aside / file)
+                copy_synced(Path(source) / file, aside / file)
             self._read(name, aside)
             with self._lock:
                 self._check_free(name)
@@ -294,11 +295,3 @@ class AdapterStore:
             for name in [name for name, _ in zip(free, range(excess), strict=False)]:
                 del self._loaded[name]
                 self.counts.evictions += 1
-
-
-def _copied(source: Path, target: Path) -> None:
-    if not source.is_file():
-        raise CheckpointError(f"there is no {source.name} in {source.parent}")
-    shutil.copyfile(source, target)
-    with target.open("rb+") as file:
-        os.fsync(file.fileno())

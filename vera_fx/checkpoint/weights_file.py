@@ -1,18 +1,19 @@
 """What an adapter's weights file holds: PEFT's keys, checked before anything is done with them."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from vera_fx.branches.protocol import BranchKind
 from vera_fx.errors import CheckpointError, listing
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 HASH = "vera_fx.projections_sha256"
 KEY_PREFIX = "base_model.model."
-PROJECTIONS = ("base_model.vera_A", "base_model.vera_B")
+SHARED_PREFIX = "base_model."
 
 
 def plain(path: str) -> str:
@@ -45,15 +46,25 @@ def read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def check_state(
-    expected: Mapping[str, torch.Size], state: Mapping[str, Tensor], *, source: str
+    expected: Mapping[str, torch.Size],
+    state: Mapping[str, Tensor],
+    *,
+    source: str,
+    shared: Container[str] = (),
 ) -> None:
     """Refuse a state whose keys or sizes are not those of an adapter.
+
+    Args:
+        expected: the sizes that it must have, by key.
+        state: what was read.
+        source: where, for messages.
+        shared: keys of projections, which may be there as well.
 
     Raises:
         CheckpointError: a tensor is missing, unknown or of another shape.
     """
     missing = [key for key in expected if key not in state]
-    unknown = [k for k in state if k not in expected and k not in PROJECTIONS and not is_stray(k)]
+    unknown = [k for k in state if k not in expected and k not in shared and not is_stray(k)]
     if missing or unknown:
         raise CheckpointError(
             f"{source} does not fit this model and configuration:"
@@ -67,6 +78,19 @@ def check_state(
                 f"{source}: {key} has shape {tuple(state[key].shape)}, but this model and "
                 f"configuration need {tuple(shape)}"
             )
+
+
+def shared_keys(kind: BranchKind) -> dict[str, str]:
+    """For each shared tensor of a kind its key in a file."""
+    return {name: f"{SHARED_PREFIX}{name}" for name in kind.parameters.shared}
+
+
+def take_shared(kind: BranchKind, state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """The shared tensors of a file by name; None if it does not hold all of them."""
+    keys = shared_keys(kind)
+    if not keys or any(key not in state for key in keys.values()):
+        return None
+    return {name: state[key] for name, key in keys.items()}
 
 
 def is_stray(key: str) -> bool:

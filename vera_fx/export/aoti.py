@@ -10,15 +10,16 @@ from typing import Any
 
 import torch._inductor
 from torch import nn
+from torch.export import ExportedProgram
 
 from vera_fx.errors import ExportError, first_line
-from vera_fx.export.files import MANIFEST, manifest_of
+from vera_fx.export.files import MANIFEST, manifest_of, with_suffix
 from vera_fx.export.module import AUTO
-from vera_fx.export.program import export_program
+from vera_fx.export.program import export_call
 from vera_fx.files import archive_at, moved_into
 
 
-def export_aoti(  # noqa: PLR0913
+def export_aoti(  # noqa: D417, PLR0913
     model: nn.Module,
     path: str | os.PathLike[str],
     args: Sequence[Any] = (),
@@ -31,41 +32,35 @@ def export_aoti(  # noqa: PLR0913
 ) -> Path:
     """Compile one adapter over its base with AOTInductor, for this machine's kind of processor.
 
-    ``torch._inductor.aoti_load_package`` loads the package in Python, and libtorch's
-    ``AOTIModelPackageLoader`` in C++; neither needs vera_fx. Adapters are swapped without building
-    anew: with ``form="input"`` by the vectors of each call, with ``form="constant"`` by
-    ``load_constants``; `program_vectors` makes what both take.
+    Neither Python's ``torch._inductor.aoti_load_package`` nor C++'s ``AOTIModelPackageLoader`` needs
+    vera_fx. Adapters are swapped without building anew: with ``form="input"`` by the vectors of each
+    call, with ``form="constant"`` by ``load_constants``; `program_vectors` makes what both take.
 
     Args:
-        model: an adapted model in eval mode.
+        model: as all others that are not named here, for `export_program`.
         path: the package, ``.pt2``; its folder is made if it does not exist.
-        args: positional arguments of an example call.
-        kwargs: keyword arguments of an example call.
-        adapter: the adapter to export; None for the active one.
-        form: ``"merged"``, ``"constant"`` or ``"input"``, as for `export_program`.
-        dynamic_shapes: as for `export_program`.
         inductor_configs: settings of Inductor for the build.
 
     Returns:
         The path.
 
     Raises:
-        AdapterError: the model is not adapted, there is no such adapter, or several are active.
-        ExportError: as for `export_program`; or Inductor cannot build the package (it needs a C++
-            compiler), or it cannot be written. A package that was there is untouched.
-        CaptureError: the call cannot be captured.
+        ExportError: as for `export_program`, with its other errors; or Inductor cannot build the package
+            (it needs a C++ compiler), or write it. A package that was there is untouched.
     """
-    target = Path(path)
-    if target.suffix != ".pt2":
-        raise ExportError(f"{target} must end in .pt2, the suffix of AOTInductor's packages")
-    program = export_program(
-        model, args, kwargs, adapter=adapter, form=form, dynamic_shapes=dynamic_shapes
-    )
+    target = with_suffix(path, ".pt2", "AOTInductor's packages")
+    call = tuple(args), dict(kwargs or {})
+    program = export_call(model, call, adapter=adapter, form=form, dynamic_shapes=dynamic_shapes)
+    _build(program, target, inductor_configs or {})
+    return target
+
+
+def _build(program: ExportedProgram, target: Path, inductor_configs: Mapping[str, Any]) -> None:
     configs = {
         # Inductor writes small constants into its code, from where no other adapter takes them out.
         "always_keep_tensor_constants": True,
         "aot_inductor.metadata": {MANIFEST: json.dumps(manifest_of(program))},
-        **(inductor_configs or {}),
+        **inductor_configs,
     }
     try:
         with (
@@ -83,4 +78,3 @@ def export_aoti(  # noqa: PLR0913
             f"  C++ compiler found: {shutil.which('g++') or shutil.which('clang++') or 'none'}; the full "
             "reason is the exception above."
         ) from error
-    return target

@@ -3,10 +3,11 @@
 # pyright: reportMissingImports=false
 # ExecuTorch is no part of the development environment.
 
+import contextlib
 import json
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from vera_fx.errors import ExportError, first_line
-from vera_fx.export.files import MANIFEST, manifest_of
+from vera_fx.export.files import MANIFEST, manifest_of, with_suffix
 from vera_fx.export.module import AUTO
 from vera_fx.export.program import export_call
 from vera_fx.export.vectors import program_vectors
@@ -26,7 +27,7 @@ from vera_fx.passes import ContiguousAttention
 _ALIGNMENT = 16
 
 
-def export_executorch(  # noqa: PLR0913
+def export_executorch(  # noqa: D417, PLR0913
     model: nn.Module,
     path: str | os.PathLike[str],
     args: Sequence[Any] = (),
@@ -39,52 +40,32 @@ def export_executorch(  # noqa: PLR0913
 ) -> Path:
     """Lower one adapter over its base to ExecuTorch.
 
-    ExecuTorch plans its memory ahead: a size that is left open may later be smaller than in the
-    example call, and larger only up to the ``max`` of a ``torch.export.Dim``. Inputs are given by
-    position: the call's tensors, then the vectors, then the index of form ``"rows"``.
-
-    With ``form="constant"`` the adapter's own tensors go into ``<stem>.ptd`` beside the program,
-    which loads them by ``data_path``; `export_executorch_data` writes such files for others.
+    Memory is planned ahead: an open size may later be smaller than in the example call, and larger
+    only up to the ``max`` of a ``torch.export.Dim``. Inputs are given by position: the call's
+    tensors, the vectors, the index of form ``"rows"``. With ``form="constant"`` the adapter's tensors
+    go into ``<stem>.ptd`` beside the program (`export_executorch_data` writes those of others).
 
     Args:
-        model: an adapted model in eval mode.
+        model: as all others that are not named here, for `export_program`.
         path: the program, ``.pte``; its folder is made if it does not exist.
-        args: positional arguments of an example call.
-        kwargs: keyword arguments of an example call.
-        adapter: the adapter to export; None for the active one.
-        form: as for `export_program`.
-        dynamic_shapes: as for `export_program`.
-        partitioners: ExecuTorch's, which give parts of the program to a backend such as XNNPACK;
-            none for its portable operators.
-
-    Returns:
-        The path.
+        partitioners: ExecuTorch's, which give parts of the program to a backend such as XNNPACK.
 
     Raises:
-        AdapterError: the model is not adapted, there is no such adapter, or several are active.
-        ExportError: as for `export_program`; or ExecuTorch is not installed or cannot lower the
-            program, a backend takes in the tensors that were to stay apart, or the files cannot be
-            written. Files that were there are untouched.
-        CaptureError: the call cannot be captured.
+        ExportError: as for `export_program`, with its other errors; or ExecuTorch is not installed or
+            cannot lower the program, or files cannot be written. Those that were there are untouched.
     """
-    target = Path(path)
-    if target.suffix != ".pte":
-        raise ExportError(f"{target} must end in .pte, the suffix of ExecuTorch's programs")
+    target = with_suffix(path, ".pte", "ExecuTorch's programs")
     _require()
-    call = tuple(args), dict(kwargs or {})
-    passes = (ContiguousAttention(),)
+    call, passes = (tuple(args), dict(kwargs or {})), (ContiguousAttention(),)
     program = export_call(
         model, call, adapter=adapter, form=form, dynamic_shapes=dynamic_shapes, passes=passes
     )
     lowered = _lower(program, target.stem, partitioners)
-    try:
-        with moved_into(target.parent) as aside:
-            with (aside / target.name).open("wb") as file:
-                lowered.write_to_file(file)
-            if form == "constant":
-                lowered.write_tensor_data_to_file(aside)
-    except OSError as error:
-        raise ExportError(f"the program could not be written to {target}: {error}") from error
+    with _written("program", target) as aside:
+        with (aside / target.name).open("wb") as file:
+            lowered.write_to_file(file)
+        if form == "constant":
+            lowered.write_tensor_data_to_file(aside)
     return target
 
 
@@ -112,28 +93,37 @@ def export_executorch_data(
             projections are not the program's; ExecuTorch is not installed; or the file cannot be
             written. A file that was there is untouched.
     """
-    target = Path(path)
-    if target.suffix != ".ptd":
-        raise ExportError(f"{target} must end in .ptd, the suffix of ExecuTorch's data files")
+    target = with_suffix(path, ".ptd", "ExecuTorch's data files")
     _require()
+    manifest = _manifest_at(Path(program))
+    blob = _flat_tensors(program_vectors(model, adapter, manifest))
+    with _written("data", target) as aside, (aside / target.name).open("wb") as file:
+        blob.write_to_file(file)
+    return target
+
+
+def _manifest_at(program: Path) -> dict[str, Any]:
     from executorch.runtime import Runtime
 
-    if not Path(program).is_file():
+    if not program.is_file():
         raise ExportError(f"there is no program at {program}")
     # The program's constants are not needed to ask it for its manifest.
-    manifest = manifest_of(Runtime.get().load_program(Path(program)))
+    manifest = manifest_of(Runtime.get().load_program(program))
     if manifest.get("form") != "constant":
         raise ExportError(
             f"{program} takes no data file: its form is {manifest.get('form', 'unknown')!r}, "
             'not "constant"'
         )
-    blob = _flat_tensors(program_vectors(model, adapter, manifest))
+    return manifest
+
+
+@contextlib.contextmanager
+def _written(what: str, target: Path) -> Iterator[Path]:
     try:
-        with moved_into(target.parent) as aside, (aside / target.name).open("wb") as file:
-            blob.write_to_file(file)
+        with moved_into(target.parent) as aside:
+            yield aside
     except OSError as error:
-        raise ExportError(f"the data could not be written to {target}: {error}") from error
-    return target
+        raise ExportError(f"the {what} could not be written to {target}: {error}") from error
 
 
 def _require() -> None:

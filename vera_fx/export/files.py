@@ -15,9 +15,22 @@ from vera_fx.checkpoint.weights_file import KEY_PREFIX
 from vera_fx.errors import ExportError
 from vera_fx.export.projections import left_out, redraw
 from vera_fx.files import archive_at, moved_into
+from vera_fx.passes import ReadWeight, Target
 
 MANIFEST = "vera_fx"
 _FILE = "vera_fx.json"
+
+
+def with_suffix(path: str | os.PathLike[str], suffix: str, whose: str) -> Path:
+    """The path, which must end in ``suffix``.
+
+    Raises:
+        ExportError: it does not.
+    """
+    target = Path(path)
+    if target.suffix != suffix:
+        raise ExportError(f"{target} must end in {suffix}, the suffix of {whose}")
+    return target
 
 
 def manifest_of(program: Any) -> dict[str, Any]:
@@ -40,6 +53,30 @@ def manifest_of(program: Any) -> dict[str, Any]:
 def set_manifest(program: ExportedProgram, manifest: Mapping[str, Any]) -> None:
     """Keep the manifest with the program, from where `save_program` takes it."""
     program.graph_module.meta[MANIFEST] = dict(manifest)
+
+
+def target_entry(target: Target) -> dict[str, Any]:
+    """A target as a manifest has it."""
+    return {
+        "path": target.path,
+        "in_features": target.in_features,
+        "out_features": target.out_features,
+        "layout": target.product.layout,
+        "weights": list(target.weights),
+        "aliases": list(target.aliases),
+    }
+
+
+def target_of(entry: Mapping[str, Any]) -> Target:
+    """The target that an entry of a manifest describes."""
+    return Target(
+        entry["path"],
+        entry["in_features"],
+        entry["out_features"],
+        ReadWeight(entry["layout"]),
+        tuple(entry["weights"]),
+        tuple(entry["aliases"]),
+    )
 
 
 def constant_name(key: str) -> str:
@@ -67,9 +104,7 @@ def save_program(
         ExportError: the path does not end in ``.pt2``, the projections cannot be drawn again, or the
             file cannot be written.
     """
-    target = Path(path)
-    if target.suffix != ".pt2":
-        raise ExportError(f"{target} must end in .pt2, the suffix of torch.export's files")
+    target = with_suffix(path, ".pt2", "torch.export's files")
     manifest = manifest_of(program)
     known = manifest.get("projections", {})
     if not projections:

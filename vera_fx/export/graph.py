@@ -12,7 +12,6 @@ from vera_fx.bank.adapter import Adapter
 from vera_fx.bank.bank import AdapterBank, bank_of
 from vera_fx.bank.slots import Slot, slot_path
 from vera_fx.base.hf import tokenwise
-from vera_fx.base.targets import weight_of
 from vera_fx.capturing.export_call import Capture
 from vera_fx.capturing.signature import Call
 from vera_fx.checkpoint.state_dict import owned_tensors
@@ -34,6 +33,7 @@ from vera_fx.passes import (
     resolve,
 )
 from vera_fx.pipelines import run_pipeline
+from vera_fx.products.kinds import stored_weight
 
 FORMS = ("merged", "constant", "input", "rows")
 _FOLDED = "folded"
@@ -80,7 +80,7 @@ def _plan(bank: AdapterBank, adapter: Adapter, capture: Capture) -> AdaptationPl
     plan = adaptation_plan(bank, lambda path: capture.training.get(path, False))
     # What other adapters have does not concern a program: zeros, and the base's own tensors.
     own_paths = adapter.vectors.by_path
-    own_copies = {slot_path(0, attribute) for attribute, *_ in bank.slot_tensors(adapter)}
+    own_copies = {slot_path(0, attribute) for attribute, *_ in bank.slots.tensors_of(adapter)}
     redirects = tuple(redirect for redirect in plan.redirects if redirect.copy in own_copies)
     branches = tuple(
         branch if target.path in own_paths else ()
@@ -111,15 +111,15 @@ def _reads(model: nn.Module, bank: AdapterBank, adapter: Adapter, form: str) -> 
     """By the path under which graphs read it, each tensor that the program names anew."""
     keys = {id(tensor): key for key, tensor in owned_tensors(adapter)}
     reads: dict[str, Read] = {}
-    for attribute, path, tensor_name, tensor in bank.slot_tensors(adapter):
+    for attribute, path, tensor_name, tensor in bank.slots.tensors_of(adapter):
         key = keys.get(id(tensor))
         constant = constant_name(f"{path}.{tensor_name}" if key is None else key)
         is_input = form in {"input", "rows"} and key is not None
         read = Read(key if is_input and key else constant, tensor, is_input)
         reads[slot_path(0, attribute)] = read
-    for projection in ("vera_A", "vera_B"):
-        path = slot_path(0, projection)
-        reads[path] = Read(f"vera.{projection}", resolve(model, path))
+    for name in adapter.kind.parameters.shared:
+        path = slot_path(0, name)
+        reads[path] = Read(constant_name(name), resolve(model, path))
     return reads
 
 
@@ -129,11 +129,13 @@ def _fold(model: nn.Module, bank: AdapterBank, name: str, graph: GraphModule) ->
         weights = folded_weights(model, bank, name)
     except AdapterError as error:
         raise ExportError(f'form="merged" cannot be exported: {error}') from error
-    holder = Slot()
-    holder.__dict__.update({f"weight_{n}": w for n, w in enumerate(weights.values())})
+    targets = [bank.structure.targets[path] for path in weights]
+    laid = zip(targets, weights.values(), strict=True)
+    stored = [w.T.contiguous() if t.product.layout == "in_out" else w for t, w in laid]
+    holder = Slot({f"weight_{n}": weight for n, weight in enumerate(stored)})
     graph.__dict__[_FOLDED] = holder
     places = tuple(f"{_FOLDED}.weight_{n}" for n in range(len(weights)))
-    return FoldWeights(tuple(bank.targets[path] for path in weights), places)
+    return FoldWeights(tuple(targets), places)
 
 
 def _folded_reads(model: nn.Module, folded: FoldWeights, graph: GraphModule) -> dict[str, Read]:
@@ -143,7 +145,7 @@ def _folded_reads(model: nn.Module, folded: FoldWeights, graph: GraphModule) -> 
     for target, place in zip(folded.targets, folded.weights, strict=True):
         # Whoever reads the base's weight may do so by any of the names that it is tied under.
         free = [path for path in target.weights if path not in taken]
-        base = Read((free or [f"{target.path}.base_weight"])[0], weight_of(model, target.path))
+        base = Read((free or [f"{target.path}.base_weight"])[0], stored_weight(model, target.path))
         reads |= {f"{path}.weight": base for path in target.paths}
         reads[place] = Read(f"{target.path}.weight", resolve(graph, place))
     return reads

@@ -20,7 +20,7 @@ from vera_fx._torch import tree_flatten, tree_map
 from vera_fx.capturing.export_call import Capture
 from vera_fx.capturing.plain_output import plain_result
 from vera_fx.errors import ExportError, first_line
-from vera_fx.passes import resolve, tag_of
+from vera_fx.passes import InsertBranches, resolve, tag_of
 
 AUTO = "auto"
 VECTORS = "vectors"
@@ -104,7 +104,7 @@ def own(
             value = resolve(graph, node.target) if read is None else read.value
             node.target = node.target if read is None else read.name
             _put(program, node.target, _snapshot(value, copies))
-        elif (tag := tag_of(node)) is not None and tag.made_by == "InsertVera":
+        elif (tag := tag_of(node)) is not None and tag.made_by == InsertBranches.__name__:
             _move_out(node)
     return program, inputs
 

@@ -13,14 +13,14 @@ from torch.export import ExportedProgram
 
 from vera_fx._torch import tree_flatten_with_path, tree_unflatten
 from vera_fx.errors import ExportError, first_line
-from vera_fx.export.files import MANIFEST, manifest_of
+from vera_fx.export.files import MANIFEST, manifest_of, with_suffix
 from vera_fx.export.module import AUTO, VECTORS
 from vera_fx.export.program import export_call
 from vera_fx.files import moved_into
 from vera_fx.passes import ZeroMaskedRows
 
 
-def export_onnx(  # noqa: PLR0913
+def export_onnx(  # noqa: D417, PLR0913
     model: nn.Module,
     path: str | os.PathLike[str],
     args: Sequence[Any] = (),
@@ -38,13 +38,8 @@ def export_onnx(  # noqa: PLR0913
     be fed as they are, and one file serves every adapter with the same projections and targets.
 
     Args:
-        model: an adapted model in eval mode.
+        model: as all others that are not named here, for `export_program`.
         path: the file, ``.onnx``; its folder is made if it does not exist.
-        args: positional arguments of an example call.
-        kwargs: keyword arguments of an example call.
-        adapter: the adapter to export; None for the active one.
-        form: ``"merged"``, ``"constant"`` or ``"input"``, as for `export_program`.
-        dynamic_shapes: as for `export_program`.
         external_data: put the weights into ``<path>.data`` beside the file; None does so above
             2 GB, which a single ONNX file cannot hold.
 
@@ -52,38 +47,38 @@ def export_onnx(  # noqa: PLR0913
         The path.
 
     Raises:
-        AdapterError: the model is not adapted, there is no such adapter, or several are active.
-        ExportError: as for `export_program`; or an operator has no ONNX form, onnx or onnxscript is
-            not installed, the model is not a valid one, or the files cannot be written. Files that
-            were there are untouched.
-        CaptureError: the call cannot be captured.
+        ExportError: as for `export_program`, with its other errors; or an operator has no ONNX form, onnx
+            or onnxscript is not installed, or the files are no valid model or cannot be written.
+            Files that were there are untouched.
     """
-    target = Path(path)
-    if target.suffix != ".onnx":
-        raise ExportError(f"{target} must end in .onnx")
+    target = with_suffix(path, ".onnx", "ONNX files")
+    _require()
+    call, passes = (tuple(args), dict(kwargs or {})), (ZeroMaskedRows(),)
+    # The passes say in operators what torch's attention means where ONNX's means something else.
+    program = export_call(
+        model, call, adapter=adapter, form=form, dynamic_shapes=dynamic_shapes, passes=passes
+    )
+    _write(_convert(program), target, external_data)
+    return target
+
+
+def _require() -> None:
     try:
-        import onnx
+        import onnx  # noqa: F401
         import onnxscript  # noqa: F401  # torch's converter needs it
     except ImportError as error:
         raise ExportError(f"{error}; ONNX files need: pip install 'vera-fx[onnx]'") from error
-    call = tuple(args), dict(kwargs or {})
-    # The passes say in operators what torch's attention means where ONNX's means something else.
-    program = export_call(
-        model,
-        call,
-        adapter=adapter,
-        form=form,
-        dynamic_shapes=dynamic_shapes,
-        passes=(ZeroMaskedRows(),),
-    )
-    converted = _convert(program)
+
+
+def _write(converted: Any, target: Path, external_data: bool | None) -> None:
+    import onnx
+
     try:
         with moved_into(target.parent) as aside:
             converted.save(aside / target.name, external_data=external_data)
             onnx.checker.check_model(aside / target.name, full_check=True)
     except (OSError, RuntimeError, onnx.checker.ValidationError) as error:
         raise ExportError(f"the ONNX model could not be written to {target}: {error}") from error
-    return target
 
 
 def _convert(program: ExportedProgram) -> Any:

@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 from vera_fx._torch import tree_flatten
 from vera_fx.bank.bank import AdapterBank
 from vera_fx.bank.names import one_adapter
-from vera_fx.base.targets import base_modules
+from vera_fx.base.modules import base_modules
 from vera_fx.capturing.returned_objects import is_stateful
 from vera_fx.capturing.signature import Call
 from vera_fx.errors import CaptureError, ExportError, listing, nearest

@@ -9,25 +9,42 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from vera_fx.bank.projections import draw_projections
+from vera_fx.branches.kinds import kind_named
+from vera_fx.branches.protocol import BranchKind
 from vera_fx.errors import ExportError
 
-NAMES = ("vera.vera_A", "vera.vera_B")
+
+def names_of(kind: BranchKind) -> dict[str, str]:
+    """For each shared tensor of a kind what programs call it."""
+    return {name: f"vera.{name}" for name in kind.parameters.shared}
 
 
-def describe(program: ExportedProgram, drawn: Mapping[str, Any]) -> dict[str, Any]:
+def drawn_sizes(kind: BranchKind, tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """``max_in`` and ``max_out`` that projections were drawn for."""
+    found: dict[str, int] = {}
+    for name, dims in kind.parameters.shared.items():
+        sizes = zip(dims, tensors[name].shape, strict=True)
+        found |= {f"max_{dim}": size for dim, size in sizes if dim != "r"}
+    return found
+
+
+def describe(
+    program: ExportedProgram, drawn: Mapping[str, Any], kind: BranchKind
+) -> dict[str, Any]:
     """What a reader needs to draw the projections that ``program`` holds, and to check them.
 
     Args:
         program: a program of form ``"constant"`` or ``"input"``; others hold none.
         drawn: seed, rank and sizes of the draw, and the dtypes it went through.
+        kind: the kind of branch.
     """
-    held = {name: program.state_dict[name] for name in NAMES if name in program.state_dict}
+    names = names_of(kind).values()
+    held = {name: program.state_dict[name] for name in names if name in program.state_dict}
     tensors = {
         name: {"shape": list(value.shape), "dtype": _name(value.dtype), "sha256": digest(value)}
         for name, value in held.items()
     }
-    return {**drawn, "tensors": tensors, "left_out": False}
+    return {**drawn, "kind": kind.name, "tensors": tensors, "left_out": False}
 
 
 def digest(value: Tensor) -> str:
@@ -42,16 +59,19 @@ def redraw(known: Mapping[str, Any]) -> dict[str, Tensor]:
     Raises:
         ExportError: those drawn are not the ones described.
     """
-    pair = draw_projections(known["r"], known["max_in"], known["max_out"], known["seed"])
+    kind = kind_named(known.get("kind", "VeRA"))
+    sizes = known["max_in"], known["max_out"]
+    drawn = kind.parameters.redraw(known["seed"], known["r"], *sizes)
     found: dict[str, Tensor] = {}
-    for name, value in zip(NAMES, pair, strict=True):
+    for own, name in names_of(kind).items():
+        value = drawn[own]
         entry = known["tensors"].get(name)
         if entry is None:
             continue
         for dtype in (*known["through"], entry["dtype"]):
-            value = value.to(getattr(torch, dtype))  # noqa: PLW2901
+            value = value.to(getattr(torch, dtype))
         found[name] = value.new_zeros(entry["shape"])
-        found[name][: value.shape[0], : value.shape[1]] = value
+        found[name][tuple(slice(size) for size in value.shape)] = value
         if digest(found[name]) != entry["sha256"]:
             raise ExportError(
                 f"{name} as drawn from seed {known['seed']} is not what the program was exported with "

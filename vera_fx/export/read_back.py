@@ -1,17 +1,17 @@
 """Exported programs read back: where their sites are, and another adapter in the same program."""
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch.export import ExportedProgram
 
+from vera_fx.branches.kinds import kind_named
 from vera_fx.checkpoint.state_dict import read_adapter
 from vera_fx.checkpoint.weights_file import WEIGHTS_FILE
 from vera_fx.errors import ExportError
-from vera_fx.export.files import fit_vectors, manifest_of
-from vera_fx.passes import Target, find_sites
+from vera_fx.export.files import fit_vectors, manifest_of, target_of
+from vera_fx.passes import find_sites
 
 
 def program_sites(program: ExportedProgram) -> tuple[str, ...]:
@@ -21,7 +21,7 @@ def program_sites(program: ExportedProgram) -> tuple[str, ...]:
         ExportError: vera_fx has not made the program, or it was saved without its manifest.
     """
     manifest = _manifest(program)
-    targets = [_target(values) for values in manifest["targets"]]
+    targets = [target_of(values) for values in manifest["targets"]]
     graph = program.module(check_guards=False)
     return tuple(site.name for site in find_sites(graph, targets).sites)
 
@@ -50,9 +50,9 @@ def replace_adapter(program: ExportedProgram, directory: str | os.PathLike[str])
             'give the vectors to each call of an "input" program, or export with form="constant"'
         )
     folder = Path(directory)
-    vectors, sha256 = read_adapter(folder)
+    vectors, sha256 = read_adapter(folder, kind_named(manifest.get("kind", "VeRA")))
     known = manifest["projections"]
-    shown: Mapping[str, Any] = {"sha256": sha256 or known["sha256"], "seed": "unknown"}
+    shown: dict[str, Any] = {"sha256": sha256 or known["sha256"], "seed": "unknown"}
     fitting = fit_vectors(manifest, shown, vectors, str(folder / WEIGHTS_FILE))
     state = program.state_dict
     state.update({name: value.to(state[name]) for name, value in fitting.items()})
@@ -67,8 +67,3 @@ def _manifest(program: ExportedProgram) -> dict[str, Any]:
             "it with save_program and read it with load_program"
         )
     return manifest
-
-
-def _target(values: Mapping[str, Any]) -> Target:
-    lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
-    return Target(**{**values, **lists})

@@ -1,7 +1,6 @@
 """An adapter's tensors as programs take them, and what a program says about those it takes."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -12,13 +11,13 @@ from vera_fx.bank.adapter import Adapter
 from vera_fx.bank.bank import bank_of
 from vera_fx.bank.build import attribute_of
 from vera_fx.bank.names import check_known, one_adapter
-from vera_fx.base.targets import weight_of
 from vera_fx.checkpoint.state_dict import owned_tensors, projections_hash
 from vera_fx.errors import ExportError
-from vera_fx.export.files import constant_name, fit_vectors, manifest_of
-from vera_fx.export.projections import describe
+from vera_fx.export.files import constant_name, fit_vectors, manifest_of, target_entry
+from vera_fx.export.projections import describe, drawn_sizes
 from vera_fx.graphs.runtime import require_adapted
 from vera_fx.mixing.check import BASE
+from vera_fx.products.kinds import place_of
 
 
 def program_vectors(
@@ -100,9 +99,10 @@ def _of_the_base(model: nn.Module, like: Adapter) -> dict[str, Tensor]:
     """What stands for no adapter: vectors that add nothing, and the base's own tensors."""
     keys = {id(tensor): key for key, tensor in owned_tensors(like)}
     values: dict[str, Tensor] = {}
-    for _, path, name, tensor in bank_of(model).slot_tensors(like):
+    vectors = like.kind.parameters.own
+    for _, path, name, tensor in bank_of(model).slots.tensors_of(like):
         if id(tensor) in keys:
-            is_vector = name in {"lambda_d", "lambda_b"}
+            is_vector = name in vectors
             base = tensor if is_vector else attribute_of(model.get_submodule(path), name)
             values[keys[id(tensor)]] = torch.zeros_like(base) if is_vector else base.detach()
     return values
@@ -123,22 +123,22 @@ def describe_program(
     return {
         "form": form,
         "adapter": name,
-        "targets": [asdict(bank.targets[path]) for path in adapter.vectors.by_path],
+        "kind": adapter.kind.name,
+        "targets": [target_entry(bank.structure.targets[p]) for p in adapter.vectors.by_path],
         "vectors": vectors,
-        "projections": describe(program, projections_of(model, adapter)),
+        "projections": describe(program, projections_of(model, adapter), adapter.kind),
     }
 
 
 def projections_of(model: nn.Module, adapter: Adapter) -> dict[str, Any]:
     """What an adapter's projections are, as manifests say it."""
     pair = bank_of(model).projections_of(adapter)
-    dtypes = [weight_of(model, path).dtype for path in adapter.vectors.by_path]
+    dtypes = [place_of(model, path)[0] for path in adapter.vectors.by_path]
     return {
-        "sha256": projections_hash(pair),
-        "seed": adapter.config.projection_prng_key,
+        "sha256": projections_hash(pair.tensors),
+        "seed": adapter.kind.parameters.seed(adapter.config),
         "r": pair.r,
-        "max_in": pair.vera_A.shape[1],
-        "max_out": pair.vera_B.shape[0],
+        **drawn_sizes(adapter.kind, pair.tensors),
         # What `build.draw` casts them to, which rounds on half-precision bases.
         "through": [str(dtype).removeprefix("torch.") for dtype in dict.fromkeys(dtypes)],
     }

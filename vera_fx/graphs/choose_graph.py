@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def adapted(model: nn.Module, capture: Capture, call: Call) -> GraphModule:
     """The graph with the computing adapters, planned for the call's sizes."""
     bank = bank_of(model)
-    if not bank.binding.slots:
+    if not bank.slots.binding.slots:
         return capture.graph
     variants = capture.variants.setdefault(_structure(bank, capture), {})
     choice = _choose(model, capture, call, [*variants])
@@ -67,7 +67,7 @@ def _mixed_variant(
 
 
 def _refuse_dropout(capture: Capture, bank: AdapterBank) -> None:
-    training = [path for path in bank.targets if capture.training.get(path)]
+    training = [path for path in bank.structure.targets if capture.training.get(path)]
     if training:
         raise AdapterError(
             f"adapter_names mixes adapters for inference, without vera_dropout, and the target "
@@ -89,5 +89,5 @@ def _choose(model: nn.Module, capture: Capture, call: Call, known: list[Any]) ->
 
 def _structure(bank: AdapterBank, capture: Capture) -> "Hashable":
     """What of the computing adapters shapes the graphs made from a capture."""
-    trains = any(capture.training.get(path) for path in bank.targets)
-    return bank.binding.structure, bank.binding.dropout if trains else ()
+    trains = any(capture.training.get(path) for path in bank.structure.targets)
+    return bank.slots.binding.structure, bank.slots.binding.dropout if trains else ()

@@ -14,9 +14,9 @@ from torch import nn
 
 from vera_fx._context import class_made_of, current_run, is_capturing, traced_by_others
 from vera_fx._torch import skip_frame
-from vera_fx.bank.bank import AdapterBank, bank_of
+from vera_fx.bank.bank import AdapterBank, adapted_paths, bank_of
 from vera_fx.bank.hooks import Entering
-from vera_fx.base.targets import base_modules
+from vera_fx.base.modules import base_modules
 from vera_fx.errors import PartialCaptureWarning, listing
 
 
@@ -94,7 +94,7 @@ def _parts_below(
     model: nn.Module, bank: AdapterBank, entry: str
 ) -> Iterator[tuple[str, nn.Module]]:
     """The outermost modules below ``entry`` that have a forward and hold adapted modules."""
-    adapted = bank.adapted_paths()
+    adapted = adapted_paths(bank)
     prefix = f"{entry}." if entry else ""
     todo = [(prefix + name, m) for name, m in model.get_submodule(entry).named_children()]
     while todo:
@@ -113,7 +113,7 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 def _note_entries(model: nn.Module, bank: AdapterBank) -> None:
     """Hook the adapted modules so that it is known when their own forward runs."""
     modules = base_modules(model)
-    for path in bank.adapted_paths() & modules.keys():
+    for path in adapted_paths(bank) & modules.keys():
         hooks = modules[path]._forward_pre_hooks
         if not any(isinstance(hook, Entering) for hook in hooks.values()):
             modules[path].register_forward_pre_hook(Entering(bank, path), with_kwargs=True)

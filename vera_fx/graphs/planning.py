@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from vera_fx.bank.adapter import Adapter
 from vera_fx.bank.bank import AdapterBank, bank_of
-from vera_fx.base.targets import weight_of
-from vera_fx.graphs.machine import multiplies_well
-from vera_fx.graphs.timing import timed_costs
+from vera_fx.graphs.machine import autocast_state, multiplies_well
+from vera_fx.graphs.timing import TimedCosts
 from vera_fx.passes import (
+    PLANS,
     Assignment,
     Choice,
-    Costs,
+    PlanCosts,
     Reason,
     SiteGroup,
     Why,
@@ -24,8 +24,13 @@ from vera_fx.passes import (
     choose_plans,
     site_groups,
 )
+from vera_fx.products.kinds import place_of
 
 _HALF = (torch.float16, torch.bfloat16)
+
+
+_KEPT = 512
+"""Choices that a planner keeps: one for each number of tokens and workload."""
 
 
 @dataclass(slots=True)
@@ -34,12 +39,14 @@ class Planner:
 
     Attributes:
         groups: the graph's sites by the input they read.
-        timed: costs by timing, for those who ask for it.
+        modelled: what the plans cost by a model.
+        timed: what they cost by timing, for those who ask for it.
         chosen: the choice for each workload and number of tokens.
     """
 
     groups: tuple[SiteGroup, ...]
-    timed: Costs
+    modelled: PlanCosts
+    timed: PlanCosts
     chosen: dict[Any, Choice] = field(default_factory=dict[Any, Choice])
 
     def choose(
@@ -49,16 +56,26 @@ class Planner:
         tokens = tuple(_count(group.leading, sizes) for group in self.groups)
         key = (tokens, work)
         if key not in self.chosen:
-            costs = self.timed if work.request == "timed" else None
-            self.chosen[key] = choose_plans(self.groups, tokens, work, known, costs)
+            if len(self.chosen) >= _KEPT:
+                del self.chosen[next(iter(self.chosen))]
+            costs = self.timed if work.request == "timed" else self.modelled
+            self.chosen[key] = choose_plans(self.groups, tokens, work, costs, known)
         return self.chosen[key]
 
 
 def planner(model: nn.Module, graph: torch.fx.GraphModule) -> Planner:
     """A planner for a captured graph of the model."""
     bank = bank_of(model)
-    weight = weight_of(model, next(iter(bank.targets)))
-    return Planner(site_groups(graph, list(bank.targets.values())), timed_costs(weight))
+    kinds = {bank.adapter(name).kind for name in bank.computing()}
+    kind = next(iter(kinds))
+    dtype, device = _place(model)
+    groups = site_groups(graph, list(bank.structure.targets.values()))
+    return Planner(groups, kind.costs, TimedCosts(kind, dtype, device))
+
+
+def _place(model: nn.Module) -> tuple[torch.dtype, torch.device]:
+    """Dtype and device of the first target."""
+    return place_of(model, next(iter(bank_of(model).structure.targets)))
 
 
 def open_sizes(values: Sequence[Tensor], leaves: Sequence[Tensor]) -> dict[Any, int]:
@@ -101,36 +118,40 @@ def workload(model: nn.Module, training: Mapping[str, bool], *, trains: bool) ->
     """
     bank = bank_of(model)
     adapters = [bank.adapter(name) for name in bank.computing()]
-    requests = {adapter.config.plan for adapter in adapters}
-    weight = weight_of(model, next(iter(bank.targets)))
+    known, (dtype, device) = bank.slots.work, _place(model)
+    requests = set(known.requests)
+    in_train_mode = any(training.get(path) for path in bank.structure.targets)
     return Workload(
-        ranks=tuple(adapter.config.r for adapter in adapters),
-        trains=trains and any(adapter.trainable for adapter in adapters),
-        slow_half=weight.dtype in _HALF and not multiplies_well(weight),
-        narrow=weight.dtype == torch.float16,
-        itemsize=weight.element_size(),
-        restricted=_restriction(adapters, any(training.get(path) for path in bank.targets)),
+        ranks=known.ranks,
+        trains=trains and known.trains,
+        slow_half=dtype in _HALF and not multiplies_well(dtype, device),
+        narrow=dtype == torch.float16,
+        itemsize=dtype.itemsize,
+        restricted=_restriction(adapters, in_train_mode),
         request=requests.pop() if len(requests) == 1 else "auto",
+        plans=_common_plans(adapters),
     )
+
+
+def _common_plans(adapters: Sequence[Adapter]) -> tuple[str, ...]:
+    return tuple(p for p in PLANS if all(p in a.kind.graph.plans for a in adapters))
 
 
 def mixed_assignment(model: nn.Module, bank: AdapterBank) -> Assignment:
     """The plans of a batch that mixes adapters: factored, since no weight can serve all rows."""
-    weights = (weight_of(model, path) for path in bank.targets)
-    slow = any(w.dtype in _HALF and not multiplies_well(w) for w in weights)
-    return Assignment(exact=slow or bank.exact)
+    places = {place_of(model, path) for path in bank.structure.targets}
+    slow = any(dtype in _HALF and not multiplies_well(dtype, device) for dtype, device in places)
+    return Assignment(exact=slow or bank.structure.exact)
 
 
 def mixed_choice(model: nn.Module, graph: torch.fx.GraphModule, bank: AdapterBank) -> Choice:
     """`mixed_assignment` with the reason for every site of a captured graph."""
-    groups = site_groups(graph, list(bank.targets.values()))
+    groups = site_groups(graph, list(bank.structure.targets.values()))
     sites = [name for group in groups for name, _ in group.sites]
     return Choice(mixed_assignment(model, bank), dict.fromkeys(sites, Why(Reason.PER_ROW)))
 
 
 def _restriction(adapters: Sequence[Adapter], train_mode: bool) -> Reason | None:
-    if train_mode and any(adapter.config.vera_dropout for adapter in adapters):
+    if train_mode and any(adapter.config.dropout for adapter in adapters):
         return Reason.DROPOUT
-    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-        return Reason.AUTOCAST
-    return None
+    return Reason.AUTOCAST if autocast_state() else None

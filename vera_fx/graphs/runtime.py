@@ -17,7 +17,7 @@ from vera_fx._torch import outside_dynamo
 from vera_fx.bank.bank import AdapterBank, bank_of
 from vera_fx.bank.hooks import EagerHook
 from vera_fx.bank.slots import open_ranks
-from vera_fx.base.targets import in_bank, weight_of
+from vera_fx.base.modules import in_bank
 from vera_fx.capturing.export_call import Capture, capture_call, original_class
 from vera_fx.capturing.returned_objects import restore
 from vera_fx.capturing.signature import Call, CallReader
@@ -25,12 +25,14 @@ from vera_fx.capturing.state_watch import StateWatch
 from vera_fx.errors import AdapterError, CaptureError, first_line
 from vera_fx.graphs.advice import advise
 from vera_fx.graphs.choose_graph import adapted, mixed
+from vera_fx.graphs.machine import autocast_state
 from vera_fx.graphs.parts import Parts, split
 from vera_fx.mixing.check import mix_of
 from vera_fx.mixing.kept_mix import mix_again
 from vera_fx.mixing.kept_names import held_by
 from vera_fx.mixing.mixer import Mix
 from vera_fx.mixing.rows_of_call import row_names
+from vera_fx.products.kinds import place_of
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator, Mapping
@@ -108,11 +110,12 @@ class Runtime:
         """
         if mix is None:
             bank = bank_of(model)
-            bank.follow()
-            structure = bank.binding.structure, bank.binding.dropout
+            bank.slots.follow()
+            binding = bank.slots.binding
+            structure: Hashable = (binding.structure, binding.dropout, bank.slots.work)
         else:
             structure = mix.mixer.structure, mix.dropout
-        key = (call.key, self.watch.state(), structure, _ambient(), torch.is_grad_enabled())
+        key = (call.key, self.watch.state(), structure, autocast_state(), torch.is_grad_enabled())
         found = self._memo.get(key, _UNKNOWN)
         if found is _UNKNOWN:
             with self._lock:
@@ -132,7 +135,7 @@ class Runtime:
             return None
 
     def _resolve(self, model: nn.Module, call: Call, mix: Mix | None) -> Ready | None:
-        signature = (call.structure(), self.watch.state(), _ambient())
+        signature = (call.structure(), self.watch.state(), autocast_state())
         for capture in reversed(self.captures.get(signature, [])):
             if capture.guards.admit(call.leaves):
                 return _ready(model, capture, call, mix)
@@ -140,7 +143,9 @@ class Runtime:
             capture = capture_call(model, self._forward, self.reader, call)
         except CaptureError as error:
             # Without values a module cannot run in Python either.
-            if mix is not None or any(weight_of(model, p).is_meta for p in bank_of(model).targets):
+            if mix is not None or any(
+                place_of(model, p)[1].type == "meta" for p in bank_of(model).structure.targets
+            ):
                 raise
             split(model, self.parts, self._entry, first_line(error))
             return None
@@ -150,7 +155,7 @@ class Runtime:
                 "call's own sizes; this is a fault of vera_fx, please report it with the model"
             )
         ready = _ready(model, capture, call, mix)
-        signature = (call.structure(), self.watch.state(), _ambient())
+        signature = (call.structure(), self.watch.state(), autocast_state())
         before = next(reversed(self.captures), None)
         self.captures.setdefault(signature, []).append(capture)
         count = sum(map(len, self.captures.values()))
@@ -198,16 +203,6 @@ def runtime_of(model: nn.Module) -> Runtime:
     if runtime is None:
         runtime = model.__dict__["_vera_runtime"] = Runtime(model)
     return runtime
-
-
-def _ambient() -> "Hashable":
-    """The autocast state that capture and execution happen under."""
-    if not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda"):
-        return None
-    return tuple(
-        torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        for kind in ("cpu", "cuda")
-    )
 
 
 @outside_dynamo

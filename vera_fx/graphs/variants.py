@@ -9,6 +9,7 @@ from torch.fx import Graph, GraphModule
 
 from vera_fx._torch import skip_frame
 from vera_fx.bank.slots import served_path
+from vera_fx.branches.kinds import kinds_in
 from vera_fx.capturing.export_call import Capture
 from vera_fx.debug import outline_least
 from vera_fx.passes import (
@@ -33,6 +34,7 @@ class Variant:
         graph: the adapted graph, flat.
         report: what the passes did.
         choice: the plans and why.
+        kinds: the kinds of its branches.
         refused: what a graph for mixtures does without, because it cannot differ from row to row:
             the reasons by path of a target or of a tensor.
         served: the same over the slots for calls without gradients, once it was asked for.
@@ -43,6 +45,7 @@ class Variant:
     graph: GraphModule
     report: PipelineReport
     choice: Choice
+    kinds: tuple[str, ...] = ()
     refused: "Mapping[str, str]" = field(default_factory=dict[str, str])
     served: GraphModule | None = None
     trained: GraphModule | None = None
@@ -82,7 +85,7 @@ def adapt_graph(plan: AdaptationPlan, capture: Capture, choice: Choice) -> Varia
     graph = copy_of(capture.graph)
     passes = adaptation(plan, choice.assignment, capture.checkpointed)
     report = run_pipeline(graph, passes, "adapt")
-    return Variant(graph, report, choice)
+    return Variant(graph, report, choice, kinds_in(plan))
 
 
 def copy_of(bound: GraphModule) -> GraphModule:

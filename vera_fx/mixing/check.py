@@ -34,7 +34,7 @@ def mixer_of(model: nn.Module) -> Mixer:
     bank = bank_of(model)
     mixer = bank.__dict__.get("mixer")
     if mixer is None or not mixer.is_current():
-        bank.follow()
+        bank.slots.follow()
         mixer = bank.__dict__["mixer"] = Mixer(bank, tokenwise(model))
     return mixer
 
@@ -76,11 +76,27 @@ def _check_names(bank: AdapterBank, names: Any) -> None:
         raise AdapterError(
             f"adapter_names must be a list with one adapter's name per row, got {names!r}"
         )
-    store = bank.__dict__.get(STORE)
     for row, name in enumerate(cast("Sequence[Any]", names)):
-        if name != BASE and name not in bank.adapters and (store is None or name not in store):
-            known = [*bank.adapters, *(store.names() if store is not None else ()), BASE]
-            raise AdapterError(
-                f"adapter_names[{row}] is {name!r}, which is no adapter"
-                f"{nearest(str(name), known) or f'; known: {listing(known)}'}"
-            )
+        if name != BASE and name in bank.adapters:
+            _check_kind(bank, row, name)
+        elif name != BASE:
+            _check_stored(bank, row, name)
+
+
+def _check_kind(bank: AdapterBank, row: int, name: str) -> None:
+    kind = bank.adapter(name).kind
+    if kind.not_mixed:
+        raise AdapterError(
+            f"adapter_names[{row}] is {name!r}, a {kind.name} adapter: {kind.not_mixed}; call the model "
+            "for this adapter alone (set_adapter), or merge it"
+        )
+
+
+def _check_stored(bank: AdapterBank, row: int, name: Any) -> None:
+    store = bank.__dict__.get(STORE)
+    if store is None or name not in store:
+        known = [*bank.adapters, *(store.names() if store is not None else ()), BASE]
+        raise AdapterError(
+            f"adapter_names[{row}] is {name!r}, which is no adapter"
+            f"{nearest(str(name), known) or f'; known: {listing(known)}'}"
+        )

@@ -17,7 +17,7 @@ from vera_fx.bank.bank import AdapterBank
 from vera_fx.bank.names import BASE
 from vera_fx.bank.packed import Group, Packed
 from vera_fx.bank.slots import Slot
-from vera_fx.base.targets import BANK
+from vera_fx.base.modules import BANK
 from vera_fx.errors import TargetError
 from vera_fx.passes import AdaptationPlan, Branch, RowSource, RowVectors, resolve
 
@@ -44,7 +44,7 @@ class Mix:
     @property
     def dropout(self) -> bool:
         """True if some adapter in it drops elements of its input in train mode."""
-        return any(adapter.config.vera_dropout for adapter in self.adapters.values())
+        return any(adapter.config.dropout for adapter in self.adapters.values())
 
     def check(self, refused: Mapping[str, str]) -> None:
         """Refuse the mixture if it needs what cannot differ from row to row in a graph.
@@ -78,16 +78,17 @@ class Mixer:
     def __init__(self, bank: AdapterBank, tokenwise: frozenset[str] = frozenset()) -> None:
         """Args: the bank; and paths of mixtures of experts (`RowVectors.tokenwise`)."""
         self._bank, self._tokenwise = bank, tokenwise
-        self.groups = dict(bank.groups)
+        structure = bank.structure
+        self.groups = {k: g for k, g in structure.groups.items() if not g.kind.not_mixed}
         self.copies: dict[str, tuple[str, str]] = {}
-        for path, name in bank.base_paths:
+        for path, name in structure.base_paths:
             self.copies.setdefault(f"{path}.{name}", (path, name))
         self._fill_holder()
         layouts = tuple(map(self._layout, self.groups.values()))
-        self._read = [bank.pair(key)._buffers for key in self.groups]
+        self._read = [bank.shared.pair(key)._buffers for key in self.groups]
         self._version = stamp(self._read)
         bases = ((path, base.shape, base.dtype) for path, base in self.bases())
-        self.structure = bank.number(("rows", bank.exact, layouts, *bases))
+        self.structure = structure.number(("rows", structure.exact, layouts, *bases))
 
     def is_current(self) -> bool:
         """False once projections hold other tensors than they did; all else is read anew."""
@@ -96,7 +97,7 @@ class Mixer:
     def bases(self) -> Iterator[tuple[str, Tensor]]:
         """Path and tensor of the base for everything that adapters have copies of."""
         for full, (path, name) in self.copies.items():
-            yield full, resolve(self._bank.homes[path], name)
+            yield full, resolve(self._bank.structure.homes[path], name)
 
     def mix(self, names: Sequence[str], stored: Mapping[str, Packed]) -> Mix:
         """Gather the rows of ``names``; ``stored`` are those that no module of the bank holds."""
@@ -116,13 +117,18 @@ class Mixer:
 
     def _layout(self, group: Group) -> tuple[object, ...]:
         """What of a group shapes graphs."""
-        A, B = self._bank.padded(group.key)
-        return (group.key, group.rank, group.dtype, *group.places.items(), A.shape, B.shape)
+        shared = self._shared(group)
+        sizes = ((name, tensor.shape) for name, tensor in shared.items())
+        return (group.key, group.rank, group.dtype, *group.places.items(), *sizes)
+
+    def _shared(self, group: Group) -> dict[str, Tensor]:
+        """A group's projections as graphs read them."""
+        return self._bank.shared.padded(group.key, self._bank.structure.targets)
 
     def _gather(
         self, group: Group, names: Sequence[str], adapters: Mapping[str, Adapter | Packed]
     ) -> Tensor:
-        like = self._bank.padded(group.key)[0]
+        like = next(iter(self._shared(group).values()))
         nothing = like.new_zeros(1, dtype=group.dtype).expand(group.width)
         own = {
             name: _row(group, adapter).to(like.device, group.dtype)
@@ -135,12 +141,12 @@ class Mixer:
         """Put what graphs read, and stand-ins for what becomes an input, where passes find it."""
         values: dict[str, Tensor] = {}
         for key, group in self.groups.items():
-            A, B = self._bank.padded(key)
-            zero = A.new_zeros((), dtype=group.dtype)
-            values |= {f"vera_A_{key}": A, f"vera_B_{key}": B}
-            for number, (_, d, b, end) in enumerate(group.columns()):
-                values[f"d_{key}_{number}"] = zero.expand(b - d)
-                values[f"b_{key}_{number}"] = zero.expand(end - b)
+            shared = self._shared(group)
+            values |= {f"{name}_{key}": tensor for name, tensor in shared.items()}
+            zero = next(iter(shared.values())).new_zeros((), dtype=group.dtype)
+            for number, (_, columns) in enumerate(group.columns()):
+                for name, start, end in columns:
+                    values[f"{name}_{key}_{number}"] = zero.expand(end - start)
         values.update((f"copy_{number}", base) for number, (_, base) in enumerate(self.bases()))
         self._bank.__dict__.setdefault(HOLDER, Slot()).tensors().update(values)
 
@@ -156,16 +162,16 @@ class Mixer:
             tuple(_branch(group, path) for group in groups if path in group.places)
             if path not in refused
             else ()
-            for path in bank.targets
+            for path in bank.structure.targets
         )
         redirects = tuple(
-            bank.redirect(place, _held(f"copy_{number}"))
+            bank.structure.redirect(place, _held(f"copy_{number}"))
             for number, (full, place) in enumerate(self.copies.items())
             if full not in refused
         )
         sources = tuple(source for path, source in self._sources() if path not in refused)
         rows = RowVectors(sources, batched, tuple(self._tables()), self._tokenwise)
-        return AdaptationPlan(tuple(bank.targets.values()), branches, redirects, rows)
+        return AdaptationPlan(tuple(bank.structure.targets.values()), branches, redirects, rows)
 
     def refused(self, lost: Mapping[str, str]) -> dict[str, str]:
         """What cannot differ from row to row: the reasons by path of a target or a tensor.
@@ -178,10 +184,10 @@ class Mixer:
     def _sources(self) -> Iterator[tuple[str, RowSource]]:
         """Everything that differs from row to row, with the path of the target or the tensor."""
         for group in self.groups.values():
-            for number, (path, d, b, end) in enumerate(group.columns()):
-                for name, start, stop in (("d", d, b), ("b", b, end)):
+            for number, (path, columns) in enumerate(group.columns()):
+                for name, start, end in columns:
                     read = _held(f"{name}_{group.key}_{number}")
-                    yield path, RowSource(read, group.table, start, (stop - start,))
+                    yield path, RowSource(read, group.table, start, (end - start,))
         for number, (path, base) in enumerate(self.bases()):
             read = _held(f"copy_{number}")
             yield path, RowSource(read, f"copies_{number}", 0, tuple(base.shape))
@@ -199,24 +205,21 @@ def _row(group: Group, adapter: Adapter | Packed) -> Tensor:
     if isinstance(adapter, Packed):
         return adapter.row_for(group)
     parts, like = list[Tensor](), next(adapter.vectors.parameters())
-    for path, d, _, end in group.columns():
+    for path, columns in group.columns():
         vectors = adapter.vectors_at(path)
         if vectors is None:
-            parts.append(like.new_zeros(end - d))
+            parts.append(like.new_zeros(columns[-1][2] - columns[0][1]))
         else:
-            parts += [vectors.vera_lambda_d.detach(), vectors.vera_lambda_b.detach()]
+            parts += [vectors.tensors[name].detach() for name, _, _ in columns]
     return torch.cat(parts)
 
 
 def _branch(group: Group, path: str) -> Branch:
     number = list(group.places).index(path)
-    key = group.key
-    return Branch(
-        vera_A=_held(f"vera_A_{key}"),
-        vera_B=_held(f"vera_B_{key}"),
-        lambda_d=_held(f"d_{key}_{number}"),
-        lambda_b=_held(f"b_{key}_{number}"),
-    )
+    parameters = group.kind.parameters
+    shared = {name: _held(f"{name}_{group.key}") for name in parameters.shared}
+    own = {name: _held(f"{name}_{group.key}_{number}") for name in parameters.own}
+    return Branch(group.kind.graph, shared | own)
 
 
 def _held(attribute: str) -> str:

@@ -7,11 +7,14 @@ from torch import Tensor, nn
 
 from vera_fx.bank.adapter import Adapter
 from vera_fx.bank.bank import AdapterBank, bank_of
-from vera_fx.bank.build import Blueprint, blueprint, build_adapter, draw, install, unhook
+from vera_fx.bank.blueprint import Blueprint, blueprint
+from vera_fx.bank.build import build_adapter, draw, install, unhook
 from vera_fx.bank.names import check_name
 from vera_fx.base.hf import register_types
-from vera_fx.base.targets import BANK, base_modules, resolve_targets
-from vera_fx.config import VeraConfig
+from vera_fx.base.modules import BANK, base_modules
+from vera_fx.base.targets import resolve_targets
+from vera_fx.branches.kinds import KINDS, is_config
+from vera_fx.config import AdapterConfig
 from vera_fx.errors import AdapterError, ConfigError
 from vera_fx.graphs.parts import restore_parts
 from vera_fx.graphs.runtime import prepare, require_adapted
@@ -23,17 +26,16 @@ M = TypeVar("M", bound=nn.Module)
 
 def adapt(
     model: M,
-    config: VeraConfig,
+    config: AdapterConfig,
     *,
     adapter_name: str = "default",
     example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
     autocast_adapter_dtype: bool = True,
 ) -> M:
-    """Adapt ``model`` in place with one trainable VeRA adapter (arXiv 2310.11454).
+    """Adapt ``model`` in place with one trainable adapter, of VeRA (arXiv 2310.11454) or another kind.
 
-    The base is frozen, an adapter bank is attached as ``model.vera``, and the model's class is
-    extended so that its calls run adapted graphs. No module is replaced. Wrap the result in
-    ``torch.compile`` as you would the model itself.
+    The base is frozen, a bank is attached as ``model.vera``, and the model's class is extended so that
+    its calls run adapted graphs. No module is replaced.
 
     Args:
         model: any ``nn.Module``, a Hugging Face model or not.
@@ -47,7 +49,7 @@ def adapt(
         The same object.
 
     Raises:
-        ConfigError: ``config`` is no `VeraConfig`.
+        ConfigError: ``config`` is no `VeraConfig` or configuration of another kind.
         TargetError: the targets do not fit the model.
         AdapterError: the model is adapted already, or the name cannot be used.
         CaptureError: ``example_inputs`` are no call that could be captured.
@@ -56,13 +58,9 @@ def adapt(
     check_adaptable(model, config)
     check_name(adapter_name, taken=())
     plan = blueprint(model, config, resolve_targets(model, config), autocast=autocast_adapter_dtype)
-    adapt_with(model, adapter_name, build_adapter(model, plan), draw(model, plan), plan)
+    adapt_with(model, adapter_name, build_adapter(model, plan), draw(plan), plan)
     if example_inputs is not None:
-        try:
-            _capture_example(model, example_inputs)
-        except BaseException:
-            _detach(model)
-            raise
+        _capture_example(model, example_inputs)
     return model
 
 
@@ -70,16 +68,13 @@ def adapt_with(
     model: nn.Module,
     name: str,
     adapter: Adapter,
-    projections: tuple[Tensor, Tensor],
+    projections: Mapping[str, Tensor],
     plan: Blueprint,
 ) -> None:
     """Put a finished adapter on an unadapted model: the one step that changes the model."""
     bank = AdapterBank()
     bank.thawed = tuple(path for path, p in model.named_parameters() if p.requires_grad)
-    adapter.projections = bank.share_projections(
-        *projections, persistent=plan.config.save_projection
-    )
-    install(model, bank, name, adapter, plan.targets)
+    install(model, bank, name, adapter, projections, plan.targets)
     model.requires_grad_(requires_grad=False)
     model.add_module(BANK, bank)
     bank.train(model.training)
@@ -88,15 +83,14 @@ def adapt_with(
     extend(model)
 
 
-def check_adaptable(model: nn.Module, config: VeraConfig) -> None:
+def check_adaptable(model: nn.Module, config: AdapterConfig) -> None:
     """Refuse what cannot be adapted, before anything is built.
 
     Raises:
         ConfigError: wrong kinds of arguments.
         AdapterError: the model is adapted already or cannot hold a bank.
     """
-    if not isinstance(config, VeraConfig):
-        raise ConfigError(f"config must be a vera_fx.VeraConfig, got a {type(config).__name__}")
+    check_config(config)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model must be a torch.nn.Module, got a {type(model).__name__}")
     if hasattr(model, "_orig_mod"):
@@ -125,11 +119,29 @@ def check_adaptable(model: nn.Module, config: VeraConfig) -> None:
         )
 
 
+def check_config(config: object) -> None:
+    """Refuse what is no configuration of an adapter.
+
+    Raises:
+        ConfigError: with what was given.
+    """
+    if not is_config(config):
+        known = " or ".join(f"vera_fx.{kind.config.__name__}" for kind in KINDS)
+        kind = type(config)
+        module = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
+        raise ConfigError(f"config must be a {known}, got a {module}{kind.__qualname__}")
+
+
 def _capture_example(model: nn.Module, inputs: Sequence[Any] | Mapping[str, Any]) -> None:
-    if isinstance(inputs, Mapping):
-        prepare(model, (), dict(inputs))
-    else:
-        prepare(model, tuple(inputs), {})
+    """Capture a call of a model that was just adapted; give it back if that fails."""
+    try:
+        if isinstance(inputs, Mapping):
+            prepare(model, (), dict(inputs))
+        else:
+            prepare(model, tuple(inputs), {})
+    except BaseException:
+        _detach(model)
+        raise
 
 
 def capture(model: nn.Module, *args: Any, **kwargs: Any) -> None:

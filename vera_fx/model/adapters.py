@@ -9,19 +9,21 @@ import torch
 from torch import nn
 
 from vera_fx.bank.bank import AdapterBank
-from vera_fx.bank.build import blueprint, build_adapter, draw, install
+from vera_fx.bank.blueprint import blueprint
+from vera_fx.bank.build import build_adapter, draw, install
 from vera_fx.bank.names import check_known, check_name
 from vera_fx.base.targets import resolve_targets
-from vera_fx.config import VeraConfig
-from vera_fx.errors import AdapterError, ConfigError, listing
+from vera_fx.config import AdapterConfig
+from vera_fx.errors import AdapterError, listing
 from vera_fx.graphs.runtime import require_adapted
+from vera_fx.model.adapt import check_config
 from vera_fx.model.merging import merge, unmerge
 
 
 def add_adapter(
     model: nn.Module,
     name: str,
-    config: VeraConfig | None = None,
+    config: AdapterConfig | None = None,
     *,
     autocast_adapter_dtype: bool = True,
 ) -> None:
@@ -41,8 +43,7 @@ def add_adapter(
     bank = require_adapted(model)
     check_name(name, bank.adapters)
     config = config or _first_config(bank)
-    if not isinstance(config, VeraConfig):
-        raise ConfigError(f"config must be a vera_fx.VeraConfig, got a {type(config).__name__}")
+    check_config(config)
     targets = resolve_targets(model, config)
     plan = blueprint(model, config, targets, autocast=autocast_adapter_dtype)
     if bank.merged and (plan.saved or plan.biases):
@@ -51,13 +52,11 @@ def add_adapter(
             f"{listing(bank.merged)} is merged into the base; unmerge the model before adding it"
         )
     adapter = build_adapter(model, plan)
-    vera_A, vera_B = draw(model, plan)
-    adapter.projections = bank.share_projections(vera_A, vera_B, persistent=config.save_projection)
-    install(model, bank, name, adapter, plan.targets)
+    install(model, bank, name, adapter, draw(plan), plan.targets)
     bank.bind()
 
 
-def _first_config(bank: AdapterBank) -> VeraConfig:
+def _first_config(bank: AdapterBank) -> AdapterConfig:
     for name in bank.adapters:
         return bank.adapter(name).config
     raise AdapterError(

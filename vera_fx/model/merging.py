@@ -1,9 +1,9 @@
 """Fold adapters into the base weights and take them out again."""
 
 import dataclasses
+import functools
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,9 @@ from vera_fx.bank.bank import AdapterBank
 from vera_fx.bank.build import attribute_of
 from vera_fx.bank.names import check_known
 from vera_fx.base.hf import unset_tied
-from vera_fx.base.targets import weight_of
 from vera_fx.errors import AdapterError, listing
 from vera_fx.graphs.runtime import require_adapted
-from vera_fx.passes import Target
-from vera_fx.reference import vera_delta
+from vera_fx.products.kinds import weight_of
 
 
 def merge(
@@ -46,10 +44,12 @@ def merge(
     todo = _to_merge(bank, names)
     _check_ties(bank, todo)
     check_mergeable(model, bank, todo, safe=safe)
+    _check_alone(bank, todo)
     for name in todo:
-        if keep_base:
+        # What depends on the weight cannot be subtracted again.
+        if keep_base or not bank.adapter(name).kind.maths.adds_up:
             bank.kept_bases[name] = {
-                id(w): w.detach().clone() for _, w in _changed(model, bank.adapter(name))
+                path: w.detach().clone() for path, w in _changed(model, bank.adapter(name))
             }
         _add(model, bank, bank.adapter(name), sign=1)
         _swap_copies(model, bank.adapter(name))
@@ -70,25 +70,24 @@ def unmerge(model: nn.Module) -> None:
         if kept is None:
             _add(model, bank, adapter, sign=-1)
         else:
-            for _, weight in _changed(model, adapter):
-                weight.data.copy_(kept[id(weight)])
+            for path, weight in _changed(model, adapter):
+                weight.data.copy_(kept[path])
         _swap_copies(model, adapter)
     bank.merged = ()
     bank.bind()
 
 
 def folded_weights(model: nn.Module, bank: AdapterBank, name: str) -> dict[str, Tensor]:
-    """What each target's weight is with the adapter folded in, as a tensor of its own.
+    """What each target's weight is with the adapter folded in, ``(out, in)``, a tensor of its own.
 
     Raises:
         AdapterError: values that are not finite.
     """
     adapter, folded = bank.adapter(name), dict[str, Tensor]()
-    deltas = _deltas(model, bank, adapter)
-    for path, (weight, delta) in zip(adapter.vectors.by_path, deltas, strict=True):
+    for path, (weight, delta) in _deltas(model, bank, adapter).items():
         if weight.is_meta:
             raise _on_meta(name, path)
-        folded[path] = (weight.detach() + delta).to(weight.dtype)
+        folded[path] = (weight.detach() + delta()).to(weight.dtype)
         if not torch.isfinite(folded[path]).all():
             raise _not_finite(name)
     return folded
@@ -115,12 +114,24 @@ def check_mergeable(
     """
     for name in names:
         for path, weight in _changed(model, bank.adapter(name)):
-            if not bank.targets[path].weights:
+            if not bank.structure.targets[path].weights:
                 raise _refused(name, path, "is computed (parametrised)")
             if weight.is_meta:
                 raise _on_meta(name, path)
     if safe:
         _check_finite(model, bank, names)
+
+
+def _check_alone(bank: AdapterBank, todo: Sequence[str]) -> None:
+    names = [*bank.merged, *todo]
+    kinds = {name: bank.adapter(name).kind for name in names}
+    alone = next((name for name in names if not kinds[name].maths.adds_up), None)
+    if alone is not None and len(names) > 1:
+        raise AdapterError(
+            f"adapter {alone!r} cannot be merged beside {listing(n for n in names if n != alone)}: the "
+            f"change of a {kinds[alone].name} adapter depends on the weight that it is merged into; "
+            "merge it alone, or run the adapters unmerged"
+        )
 
 
 def _check_ties(bank: AdapterBank, names: Iterable[str]) -> None:
@@ -140,13 +151,15 @@ def _ties(bank: AdapterBank, name: str) -> Iterator[tuple[str, str, list[str]]]:
     """
     adapter = bank.adapter(name)
     for path in adapter.vectors.by_path:
-        target = bank.targets[path]
+        target = bank.structure.targets[path]
         own = {f"{p}.weight" for p in target.paths}
         others = [weight for weight in target.weights if weight not in own]
         if others:
             yield path, "weight", others
     for path, tensor, _ in adapter.copied_tensors():
-        others = [p for p in bank.base_paths[path, tensor] if not p.startswith(f"{path}.")]
+        others = [
+            p for p in bank.structure.base_paths[path, tensor] if not p.startswith(f"{path}.")
+        ]
         if others and path not in adapter.frozen:
             yield path, tensor, others
 
@@ -176,42 +189,42 @@ def _untie(model: nn.Module, bank: AdapterBank, path: str, tensor: str) -> None:
     base = owner._parameters[attribute]
     if base is not None:
         owner._parameters[attribute] = nn.Parameter(base.detach().clone(), requires_grad=False)
-    if path in bank.targets and tensor == "weight":
-        target = bank.targets[path]
+    if path in bank.structure.targets and tensor == "weight":
+        target = bank.structure.targets[path]
         own = tuple(f"{p}.weight" for p in target.paths)
-        bank.targets[path] = dataclasses.replace(target, weights=own)
-    if (path, tensor) in bank.base_paths:
-        bank.base_paths[path, tensor] = (f"{path}.{tensor}",)
+        bank.structure.targets[path] = dataclasses.replace(target, weights=own)
+    if (path, tensor) in bank.structure.base_paths:
+        bank.structure.base_paths[path, tensor] = (f"{path}.{tensor}",)
 
 
 def _deltas(
     model: nn.Module, bank: AdapterBank, adapter: Adapter
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """``(weight, what the adapter adds to it)``, the latter in the weight's layout."""
-    pair = bank.projections_of(adapter)
+) -> dict[str, tuple[Tensor, Callable[[], Tensor]]]:
+    """For each target its weight and what the adapter adds to it, both ``(out, in)``."""
+    shared = bank.projections_of(adapter).tensors
+    found: dict[str, tuple[Tensor, Callable[[], Tensor]]] = {}
     for path in adapter.vectors.by_path:
-        target, vectors = bank.targets[path], adapter.vectors_at(path)
-        if vectors is None:
-            continue
-        with torch.no_grad():
-            delta = _delta(target, vectors.vera_lambda_d, vectors.vera_lambda_b, pair)
-        yield weight_of(model, path), delta
+        vectors, weight = adapter.vectors_at(path), weight_of(model, path)
+        if vectors is not None:
+            tensors = shared | vectors.tensors
+            found[path] = weight, functools.partial(_delta, adapter, weight, tensors)
+    return found
 
 
-def _delta(target: Target, d: Tensor, b: Tensor, pair: Any) -> Tensor:
-    exact = torch.promote_types(d.dtype, torch.float32)
-    A, B, d, b = (tensor.to(exact) for tensor in (pair.vera_A, pair.vera_B, d, b))
-    delta = vera_delta(A, B, d, b, target.in_features)
-    return delta.T if target.layout == "in_out" else delta
+def _delta(adapter: Adapter, weight: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    """In float32 at least: it is rounded once, when it is added."""
+    with torch.no_grad():
+        wide = {n: t.to(torch.promote_types(t.dtype, torch.float32)) for n, t in tensors.items()}
+        return adapter.kind.maths.delta(wide, weight.shape[1], lambda: weight)
 
 
 def _check_finite(model: nn.Module, bank: AdapterBank, names: Iterable[str]) -> None:
     totals: dict[int, Tensor] = {}
     for name in names:
-        for weight, delta in _deltas(model, bank, bank.adapter(name)):
-            total = totals.get(id(weight), weight.detach()) + delta
-            totals[id(weight)] = total.to(weight.dtype)
-            if not torch.isfinite(totals[id(weight)]).all():
+        for weight, delta in _deltas(model, bank, bank.adapter(name)).values():
+            total = totals.get(weight.data_ptr(), weight.detach()) + delta()
+            totals[weight.data_ptr()] = total.to(weight.dtype)
+            if not torch.isfinite(total.to(weight.dtype)).all():
                 raise _not_finite(name, " (merge with safe=False to do it anyway)")
 
 
@@ -238,8 +251,8 @@ def _changed(model: nn.Module, adapter: Adapter) -> Iterator[tuple[str, Tensor]]
 
 
 def _add(model: nn.Module, bank: AdapterBank, adapter: Adapter, *, sign: int) -> None:
-    for weight, delta in _deltas(model, bank, adapter):
-        weight.data.add_(delta.to(weight.device), alpha=sign)
+    for weight, delta in _deltas(model, bank, adapter).values():
+        weight.data.add_(delta().to(weight.device), alpha=sign)
 
 
 def _swap_copies(model: nn.Module, adapter: Adapter) -> None:

@@ -7,7 +7,7 @@ silently miss its branch. A watch refuses such a use.
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,10 +15,8 @@ from torch.overrides import TorchFunctionMode
 
 from vera_fx._context import holding, modules_inside, now
 from vera_fx._torch import tree_flatten
+from vera_fx.bank.bank import AdapterBank, adapted_paths
 from vera_fx.errors import TargetError
-
-if TYPE_CHECKING:
-    from vera_fx.bank.bank import AdapterBank
 
 
 def unwatched() -> contextlib.AbstractContextManager[None]:
@@ -33,7 +31,7 @@ class WeightWatch(TorchFunctionMode):
         TargetError: from the operator that uses one elsewhere.
     """
 
-    def __init__(self, model: nn.Module, bank: "AdapterBank") -> None:
+    def __init__(self, model: nn.Module, bank: AdapterBank) -> None:
         super().__init__()
         self._owners = dict(_tensors(model, bank))
 
@@ -79,9 +77,9 @@ class WeightWatch(TorchFunctionMode):
         return any(isinstance(leaf, Tensor) for leaf in tree_flatten(result)[0])
 
 
-def _tensors(model: nn.Module, bank: "AdapterBank") -> Iterator[tuple[int, str]]:
+def _tensors(model: nn.Module, bank: AdapterBank) -> Iterator[tuple[int, str]]:
     """Every tensor of an adapted module, by identity, and the module's path."""
-    for path in bank.adapted_paths():
+    for path in adapted_paths(bank):
         module = model.get_submodule(path)
         for named in (module.named_parameters(), module.named_buffers()):
             yield from ((id(tensor), path) for _, tensor in named)

@@ -53,6 +53,7 @@ class GraphRow:
         mode: ``train``, ``eval`` or ``mixed``.
         sites: names of the sites that got a branch, in the graph's order.
         plans: for each of them its plan, and why.
+        kinds: the kinds of their branches.
         report: what every pass did, cleanup first.
     """
 
@@ -60,6 +61,7 @@ class GraphRow:
     mode: str
     sites: tuple[str, ...]
     plans: tuple[SitePlan, ...]
+    kinds: tuple[str, ...]
     report: PipelineReport
 
 
@@ -71,7 +73,7 @@ class Explanation:
         model: the model's class.
         adapters: names of all adapters.
         active: names of those that compute.
-        projections: ``(r, max_in, max_out)`` of each pair of projections, as graphs read it.
+        projections: names and sizes of each set of projections, as graphs read them.
         targets: one row per target.
         graphs: one row per adapted graph.
     """
@@ -79,7 +81,7 @@ class Explanation:
     model: str
     adapters: tuple[str, ...]
     active: tuple[str, ...]
-    projections: tuple[tuple[int, int, int], ...]
+    projections: tuple[str, ...]
     targets: tuple[TargetRow, ...]
     graphs: tuple[GraphRow, ...]
     python: tuple[tuple[str, str], ...] = ()
@@ -102,8 +104,7 @@ class Explanation:
 
     def _lines(self) -> Iterator[str]:
         yield f"adapters: {', '.join(self.adapters) or 'none'} (active: {', '.join(self.active) or 'none'})"
-        sizes = (f"A ({r}, {i}), B ({o}, {r})" for r, i, o in self.projections)
-        yield f"projections: {'; '.join(sizes) or 'none'}"
+        yield f"projections: {'; '.join(self.projections) or 'none'}"
         yield f"targets: {len(self.targets)}"
         yield from _table(
             ("target", "in", "out", "parameters", "adapters"),
@@ -154,8 +155,8 @@ def explain(model: nn.Module) -> Explanation:
         model=type(model).__name__,
         adapters=tuple(bank.adapters),
         active=bank.computing(),
-        projections=tuple(map(_sizes, map(bank.padded, bank.projections))),
-        targets=tuple(_target_row(bank, target) for target in bank.targets.values()),
+        projections=tuple(_projections(bank)),
+        targets=tuple(_target_row(bank, t) for t in bank.structure.targets.values()),
         graphs=tuple(
             _graph_row(capture, variant)
             for capture in captures
@@ -166,9 +167,10 @@ def explain(model: nn.Module) -> Explanation:
     )
 
 
-def _sizes(pair: tuple[Tensor, Tensor]) -> tuple[int, int, int]:
-    A, B = pair
-    return A.shape[0], A.shape[1], B.shape[0]
+def _projections(bank: AdapterBank) -> Iterator[str]:
+    for key in bank.projections:
+        shared = bank.shared.padded(key, bank.structure.targets)
+        yield ", ".join(f"{name} {tuple(t.shape)}" for name, t in shared.items()) or "none"
 
 
 def _target_row(bank: AdapterBank, target: Target) -> TargetRow:
@@ -192,6 +194,7 @@ def _graph_row(capture: Capture, variant: Variant) -> GraphRow:
         mode="mixed" if len(modes) > 1 else "train" if True in modes else "eval",
         sites=tuple(rewrite.subject for rewrite in sites),
         plans=tuple(_plan(variant, rewrite.subject) for rewrite in sites),
+        kinds=variant.kinds,
         report=capture.report + variant.report,
     )
 

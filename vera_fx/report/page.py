@@ -43,10 +43,7 @@ def _facts(explanation: Explanation) -> Iterator[str]:
             ("adapters", f"{', '.join(explanation.adapters) or 'none'} (active: {active})"),
             ("targets", f"{len(explanation.targets)}, with {frozen:,} frozen weights"),
             ("vectors", f"{count:,} numbers in all adapters"),
-            *(
-                ("projections", f"A ({r}, {i}), B ({o}, {r})")
-                for r, i, o in explanation.projections
-            ),
+            *(("projections", sizes) for sizes in explanation.projections),
         ],
     )
 

@@ -6,27 +6,16 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from vera_fx.branches.kinds import kind_named
+from vera_fx.branches.protocol import PlanWords
 from vera_fx.passes import Action
 
 # `explain` imports this file, so its types are named in words only.
 Explanation = Any
 GraphRow = Any
 
-FORMULAS = {
-    "factored": ("#3f6fa3", "+ b∘((d∘z) Bᵀ)", "two thin products beside the base's"),
-    "scaled": ("#3d8142", "+ z Eᵀ", "with E = b∘B∘d, formed once per call"),
-    "merged": (
-        "#b35c00",
-        "by W + E A",
-        "with E = b∘B∘d: one product by a merged weight; gradients through z",
-    ),
-    "dense": (
-        "#8a4f83",
-        "by W + E A",
-        "with E = b∘B∘d: one product by a merged weight; no z at all",
-    ),
-}
-"""For each plan its colour, what the site computes and what that means."""
+COLOURS = {"factored": "#3f6fa3", "scaled": "#3d8142", "merged": "#b35c00", "dense": "#8a4f83"}
+"""For each plan, in the order of the legend."""
 
 _WIDTH, _ROW, _BAR = 1000, 24, 18
 _NAME, _BEFORE, _AFTER, _BRACKET = 24, 222, 432, 416
@@ -43,6 +32,7 @@ class Row:
         in_features: width of its input.
         out_features: width of its output.
         plan: how its branch is computed.
+        words: how that is drawn.
         z: the site, within the layer, whose product ``x·Aᵀ`` it uses with others; or nothing.
         vectors: how many numbers all adapters have for it.
     """
@@ -51,6 +41,7 @@ class Row:
     in_features: int
     out_features: int
     plan: str
+    words: PlanWords
     z: str
     vectors: int
 
@@ -85,12 +76,13 @@ def _rows(explanation: Explanation, graph: GraphRow) -> Iterator[tuple[str, int 
     targets = {target.path: target for target in explanation.targets}
     plans = {site: plan for site, plan, _ in graph.plans}
     owners = _owners(graph, plans)
+    words = kind_named(graph.kinds[0]).words
     for site, plan in plans.items():
         target = targets[site.partition("#")[0]]
         prefix, index, name = _place(site)
         z = _place(owners[site])[2] if site in owners else ""
         sizes = target.in_features, target.out_features
-        yield prefix, index, Row(name, *sizes, plan, z, target.parameters)
+        yield prefix, index, Row(name, *sizes, plan, words[plan], z, target.parameters)
 
 
 def _owners(graph: GraphRow, plans: dict[str, str]) -> dict[str, str]:
@@ -170,7 +162,7 @@ def _block(block: Block, y: int) -> list[str]:
 
 def _row(row: Row, y: int) -> list[str]:
     base = f"linear {row.in_features} → {row.out_features}"
-    colour, formula, _ = FORMULAS[row.plan]
+    colour, formula = COLOURS[row.plan], row.words.formula
     return [
         f"<g><title>{escape(row.name)}</title>{_text(_NAME, y + 13, _short(row.name))}</g>",
         _bar(_BEFORE, y, _BOX, "base"),
@@ -205,12 +197,15 @@ def _bracket(tops: Sequence[int]) -> list[str]:
 def _legend(found: Sequence[Block], y: int) -> list[str]:
     rows = [row for block in found for row in block.rows]
     lines: list[str] = []
-    for plan in (plan for plan in FORMULAS if any(row.plan == plan for row in rows)):
-        colour, formula, meaning = FORMULAS[plan]
+    used = {row.plan: row.words for row in rows}
+    for plan in (plan for plan in COLOURS if plan in used):
+        colour, words = COLOURS[plan], used[plan]
         top = y + 20 * len(lines)
         lines.append(
             f'<rect x="{_NAME - 8}" y="{top}" width="12" height="12" rx="2" fill="{colour}"/>'
-            + _text(_NAME + 12, top + 10, f"{plan}: linear {formula}, {meaning}", "quiet")
+            + _text(
+                _NAME + 12, top + 10, f"{plan}: linear {words.formula}, {words.meaning}", "quiet"
+            )
         )
     if any(row.z for row in rows):
         words = "z = x·Aᵀ is computed once for the sites that a bracket joins"

@@ -10,7 +10,7 @@ import torch
 from tests.passes.examples import EXAMPLES, adapted_readers
 from vera_fx.passes import (
     Action,
-    InsertVera,
+    InsertBranches,
     Numerics,
     PassContractError,
     PassReport,
@@ -95,20 +95,20 @@ def test_report_counts_what_happened() -> None:
 
 
 def test_dump_writes_every_stage(tmp_path: Path) -> None:
-    example = EXAMPLES["InsertVera"]
+    example = EXAMPLES["InsertBranches"]
     graph = example.build()
     before = graph_text(graph)
     run_passes(graph, (example.graph_pass, ShareProjection()), RunOptions(dump=tmp_path / "graphs"))
 
     names = sorted(path.name for path in (tmp_path / "graphs").iterdir())
-    assert names == ["00_start.txt", "01_InsertVera.txt", "02_ShareProjection.txt"]
+    assert names == ["00_start.txt", "01_InsertBranches.txt", "02_ShareProjection.txt"]
     assert (tmp_path / "graphs" / "00_start.txt").read_text() == before + "\n"
 
 
 def test_limit_stops_early() -> None:
-    example = EXAMPLES["InsertVera"]
+    example = EXAMPLES["InsertBranches"]
     report = run_passes(
         example.build(), (example.graph_pass, ShareProjection()), RunOptions(limit=1)
     )
 
-    assert [record.name for record in report.records] == [InsertVera.__name__]
+    assert [record.name for record in report.records] == [InsertBranches.__name__]

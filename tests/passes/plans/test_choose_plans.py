@@ -4,20 +4,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vera_fx.passes import SiteGroup, Target, Workload, allowed, choose_plans
-from vera_fx.passes.plans.choose import PLANS, folds_again, modelled_costs
+from vera_fx.branches.vera.costs import VeraCosts
+from vera_fx.passes import PLANS, ReadWeight, SiteGroup, Target, Workload, allowed, choose_plans
 
+COSTS = VeraCosts()
 SIZES = st.integers(1, 5000)
 BYTES = st.sampled_from([2, 4])
 
 
 def target(I: int, O: int) -> Target:  # noqa: E741
-    return Target("site", I, O, "out_in", ("site.weight",))
+    return Target("site", I, O, ReadWeight(), ("site.weight",))
 
 
 def plan_of(T: int, I: int, O: int, work: Workload) -> str:  # noqa: E741
     group = SiteGroup((("site", target(I, O)),), (T,))
-    return choose_plans([group], [T], work).assignment.plan_of("site")
+    return choose_plans([group], [T], work, COSTS).assignment.plan_of("site")
 
 
 @pytest.mark.parametrize(
@@ -44,7 +45,7 @@ def test_the_cheapest_is_chosen(
 ) -> None:
     work = Workload((R,), trains=trains, itemsize=itemsize)
     T, *features = sizes
-    costs = modelled_costs(T, target(*features), work, 1)
+    costs = COSTS(T, target(*features), work, 1)
     assert costs[plan_of(T, *features, work)] == min(costs[plan] for plan in PLANS)
 
 
@@ -70,15 +71,15 @@ def test_when_a_merged_weight_is_folded_again(
     T: int, R: int, shape: tuple[int, int], sharing: int, itemsize: int, again: bool
 ) -> None:
     work = Workload((R,), trains=True, itemsize=itemsize)
-    assert folds_again(T, target(*shape), work, sharing) is again
+    assert COSTS.folds_again(T, target(*shape), work, sharing) is again
     served = Workload((R,), trains=False, itemsize=itemsize)
-    assert not folds_again(T, target(*shape), served, sharing)
+    assert not COSTS.folds_again(T, target(*shape), served, sharing)
 
 
 @pytest.mark.parametrize("plan", ["merged", "dense"])
 def test_the_second_fold_counts(plan: str) -> None:
     R, shape = 256, WIDE
     work = Workload((R,), trains=True)
-    before, after = (modelled_costs(T, target(*shape), work, 1)[plan] for T in (8191, 8192))
+    before, after = (COSTS(T, target(*shape), work, 1)[plan] for T in (8191, 8192))
     fold = 2 * R * shape[0] * shape[1]
     assert 0.99 * fold < after - before < 1.01 * fold

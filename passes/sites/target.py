@@ -1,0 +1,33 @@
+"""A module that is to be adapted, as graphs know it."""
+
+from dataclasses import dataclass
+
+from vera_fx.passes.sites.products import BaseProduct
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A module chosen for adaptation, as the graph knows it.
+
+    Attributes:
+        path: the module's path in the model.
+        in_features: width of its input.
+        out_features: width of its output.
+        product: how its own product shows in graphs.
+        weights: every attribute path under which the weight can appear in a graph: more than the
+            module's own if the parameter is tied to another module's, none if it is computed
+            (``torch.nn.utils.parametrize``).
+        aliases: further paths of the very same module, if it is registered more than once.
+    """
+
+    path: str
+    in_features: int
+    out_features: int
+    product: BaseProduct
+    weights: tuple[str, ...]
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Every path under which the module can make a call."""
+        return (self.path, *self.aliases)

@@ -1,0 +1,129 @@
+"""Everything about a new adapter that the model and its configuration decide, before it is built."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vera_fx.base.modules import base_modules
+from vera_fx.base.targets import with_default_targets
+from vera_fx.branches.kinds import kind_of
+from vera_fx.branches.protocol import BranchKind
+from vera_fx.config import AdapterConfig
+from vera_fx.errors import TargetError, listing, nearest
+from vera_fx.passes import Target
+from vera_fx.products.kinds import place_of
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, slots=True)
+class Blueprint:
+    """What a new adapter is.
+
+    Attributes:
+        config: the configuration.
+        targets: the targets by path.
+        places: dtype and device of each target's weight.
+        saved: paths of the modules trained in full.
+        biases: paths of the modules whose bias trains.
+        autocast: keep vectors and projections of half-precision bases in float32, as PEFT does.
+    """
+
+    config: AdapterConfig
+    targets: Mapping[str, Target]
+    places: Mapping[str, tuple[torch.dtype, torch.device]]
+    saved: tuple[str, ...]
+    biases: tuple[str, ...]
+    autocast: bool = True
+
+    @property
+    def kind(self) -> BranchKind:
+        """The kind of its branches."""
+        return kind_of(self.config)
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """``(max_in, max_out)`` over the targets."""
+        targets = self.targets.values()
+        return max(t.in_features for t in targets), max(t.out_features for t in targets)
+
+    @property
+    def home(self) -> torch.device:
+        """Where the adapter's tensors go: the device of the targets."""
+        return home(next(iter(self.places.values()))[1])
+
+    def kept_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of a tensor beside a weight of ``dtype``."""
+        return torch.float32 if self.autocast and dtype in _HALF else dtype
+
+
+def home(device: torch.device) -> torch.device:
+    """Beside the weight, or on the CPU while the weight has no values."""
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def blueprint(
+    model: nn.Module,
+    config: AdapterConfig,
+    targets: Mapping[str, Target],
+    *,
+    autocast: bool = True,
+) -> Blueprint:
+    """Find what the adapter trains beside its vectors.
+
+    Raises:
+        TargetError: ``modules_to_save`` names a module that does not exist, or the targets are
+            spread over devices.
+    """
+    config = with_default_targets(model, config)
+    saved = _saved_modules(model, config)
+    places = {path: place_of(model, path) for path in targets}
+    trained = [t.device for path in saved for t in model.get_submodule(path).parameters()]
+    used = [*(device for _, device in places.values()), *trained]
+    devices = {str(device) for device in used if device.type != "meta"}
+    if len(devices) > 1:
+        raise TargetError(
+            f"the targets and saved modules lie on several devices ({listing(sorted(devices))}); "
+            "vera_fx adapts models that are on one device"
+        )
+    biases = _bias_modules(model, config, targets, saved)
+    return Blueprint(config, targets, places, saved, biases, autocast)
+
+
+def _saved_modules(model: nn.Module, config: AdapterConfig) -> tuple[str, ...]:
+    """Paths of the modules to save: PEFT matches the end of the path, with or without a dot."""
+    modules = base_modules(model)
+    for name in config.named_modules_to_save:
+        if not any(path.endswith(name) for path in modules):
+            names = {path.rpartition(".")[2] for path in modules}
+            raise TargetError(
+                f"modules_to_save names {name!r}, which is no module{nearest(name, names)}"
+            )
+    found: list[str] = []
+    for path in modules:
+        inside = any(path.startswith(f"{parent}.") for parent in found)
+        if not inside and any(path.endswith(name) for name in config.saved_modules):
+            found.append(path)
+    return tuple(found)
+
+
+def _bias_modules(
+    model: nn.Module, config: AdapterConfig, targets: Mapping[str, Target], saved: tuple[str, ...]
+) -> tuple[str, ...]:
+    if config.trains_biases == "none":
+        return ()
+    if config.trains_biases == "all" and isinstance(model._parameters.get("bias"), Tensor):
+        raise TargetError(
+            f"bias='all' would train the parameter 'bias' of the {type(model).__name__} itself, which "
+            f"no adapter can have a copy of; use bias={config.biases[2]!r}, or let a module hold it"
+        )
+    modules = base_modules(model)
+    paths = list(targets) if config.trains_biases == "targets" else list(modules)
+    return tuple(
+        path
+        for path in paths
+        if isinstance(modules[path]._parameters.get("bias"), Tensor)
+        and not any(path == parent or path.startswith(f"{parent}.") for parent in saved)
+    )

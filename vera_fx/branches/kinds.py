@@ -1,0 +1,41 @@
+"""The kinds of branch that the library knows: a kind is registered here, by one line."""
+
+from vera_fx.branches.protocol import BranchKind
+from vera_fx.branches.vera.kind import VERA
+from vera_fx.config import AdapterConfig
+from vera_fx.errors import listing
+from vera_fx.passes import AdaptationPlan
+
+KINDS: tuple[BranchKind, ...] = (VERA,)
+
+
+def kind_of(config: AdapterConfig) -> BranchKind:
+    """The kind of the adapters that ``config`` describes."""
+    known = {kind.config: kind for kind in KINDS}
+    return next(known[base] for base in type(config).__mro__ if base in known)
+
+
+def is_config(value: object) -> bool:
+    """True for the configuration of a known kind."""
+    return isinstance(value, tuple(kind.config for kind in KINDS))
+
+
+def kind_named(name: str) -> BranchKind:
+    """The kind that people call ``name``, which must be known."""
+    return next(kind for kind in KINDS if kind.name == name)
+
+
+def kinds_in(plan: AdaptationPlan) -> tuple[str, ...]:
+    """The names of the kinds whose branches a plan inserts."""
+    graphs = {branch.kind for branches in plan.branches for branch in branches}
+    return tuple(kind.name for kind in KINDS if kind.graph in graphs)
+
+
+def kind_called(peft_type: object) -> BranchKind | None:
+    """The kind that configurations on disk call ``peft_type``."""
+    return next((kind for kind in KINDS if kind.peft_type == peft_type), None)
+
+
+def known_types() -> str:
+    """The names on disk of all kinds, for messages."""
+    return listing(kind.peft_type for kind in KINDS)

@@ -1,0 +1,79 @@
+"""The configuration of a VeRA adapter: PEFT's field names, meanings and defaults."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from vera_fx.config import AdapterConfig, check_finite, check_flag, check_share, is_int
+from vera_fx.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class VeraConfig(AdapterConfig):
+    """What to adapt and how; the fields of PEFT's ``VeraConfig``, plus ``exclude_modules``, ``plan``.
+
+    Attributes:
+        r: rank of the shared projections, a positive integer.
+        target_modules: which linear modules to adapt. A list matches full paths or their ends
+            (``"q_proj"`` matches ``model.layers.0.self_attn.q_proj``), a string is a regular
+            expression for the full path, ``"all-linear"`` is every linear module but the output
+            head, and None takes the default of the model's architecture.
+        projection_prng_key: seed from which the projections are drawn.
+        save_projection: write ``vera_A`` and ``vera_B`` into the checkpoint.
+        vera_dropout: probability of dropping an element of the branch's input in train mode.
+        d_initial: first value of ``lambda_d`` (paper, section 3.2: 0.1).
+        fan_in_fan_out: accepted for PEFT's sake; the layout is read off each module.
+        bias: which biases train: ``"none"``, ``"all"`` of the model or those of targets
+            (``"vera_only"``).
+        modules_to_save: modules trained in full beside the vectors, each adapter its own copy.
+        init_weights: False starts from ``lambda_b = 1`` and a random ``lambda_d`` (tests).
+        layers_to_transform: layer indices to adapt; None for all.
+        layers_pattern: name of the module list that the indices count in.
+        exclude_modules: what to leave out of ``target_modules``, in the same notation.
+        plan: how branches are computed: ``"auto"`` lets the library choose for every site,
+            ``"factored"``, ``"scaled"``, ``"merged"`` and ``"dense"`` ask for one plan, and
+            ``"timed"`` lets it choose by timing the plans on this machine (a few seconds for every
+            shape of layer).
+        task_type: PEFT's task type; classification types add their head to ``modules_to_save``.
+
+    Raises:
+        ConfigError: a value cannot be used.
+    """
+
+    r: int = 256
+    target_modules: Sequence[str] | str | None = None
+    projection_prng_key: int = 0
+    save_projection: bool = True
+    vera_dropout: float = 0.0
+    d_initial: float = 0.1
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    modules_to_save: Sequence[str] | None = None
+    init_weights: bool = True
+    layers_to_transform: Sequence[int] | int | None = None
+    layers_pattern: Sequence[str] | str | None = None
+    exclude_modules: Sequence[str] | str | None = None
+    plan: str = "auto"
+    task_type: str | None = None
+
+    biases: ClassVar[tuple[str, str, str]] = ("none", "all", "vera_only")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not is_int(self.projection_prng_key):
+            raise ConfigError(
+                f"projection_prng_key must be an integer, got {self.projection_prng_key!r}"
+            )
+        check_share("vera_dropout", self.vera_dropout)
+        check_finite("d_initial", self.d_initial)
+        check_flag("save_projection", self.save_projection)
+
+    @property
+    def dropout(self) -> float:
+        """``vera_dropout``."""
+        return self.vera_dropout
+
+    @property
+    def saves_shared(self) -> bool:
+        """``save_projection``."""
+        return self.save_projection

@@ -1,0 +1,59 @@
+"""The kinds of base product that the library knows: a kind is registered here, by one line."""
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from vera_fx.errors import TargetError
+from vera_fx.products.attention_output import AttentionOutput
+from vera_fx.products.conv1d import Conv1D
+from vera_fx.products.linear import Linear
+from vera_fx.products.protocol import ProductKind
+
+KINDS: tuple[ProductKind, ...] = (AttentionOutput(), Conv1D(), Linear())
+"""The first that owns a module counts."""
+
+
+def known_kind(module: nn.Module) -> ProductKind | None:
+    """The kind of a module; None if it multiplies by no weight that the library knows of."""
+    return next((kind for kind in KINDS if kind.owns(module)), None)
+
+
+def kind_of(model: nn.Module, path: str) -> tuple[ProductKind, nn.Module]:
+    """The kind of a target, and its module.
+
+    Raises:
+        TargetError: the module is of no kind any more.
+    """
+    module = model.get_submodule(path)
+    kind = known_kind(module)
+    if kind is None:
+        raise TargetError(
+            f"target {path!r} is a {type(module).__name__} now, which is no linear module; put back what "
+            "was there when the model was adapted, or unload the adapters first"
+        )
+    return kind, module
+
+
+def weight_of(model: nn.Module, path: str) -> Tensor:
+    """The weight of the target at ``path``, ``(out, in)``."""
+    kind, module = kind_of(model, path)
+    return kind.weight(module)
+
+
+def stored_weight(model: nn.Module, path: str) -> Tensor:
+    """The weight of the target at ``path`` as its module holds it."""
+    return cast("Tensor", model.get_submodule(path).weight)
+
+
+def place_of(model: nn.Module, path: str) -> tuple[torch.dtype, torch.device]:
+    """The dtype of the target's weight, and its device."""
+    kind, module = kind_of(model, path)
+    return kind.place(module)
+
+
+def is_flipped(model: nn.Module, path: str) -> bool:
+    """True if the target's weight lies ``(in, out)``, PEFT's ``fan_in_fan_out``."""
+    kind, module = kind_of(model, path)
+    return kind.product(module).layout == "in_out"
