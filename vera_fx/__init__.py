@@ -1,6 +1,7 @@
 """VeRA adapters by a graph pass: adapt, train, compile, save; interchangeable with PEFT."""
 
 from vera_fx._moved import know_old_names
+from vera_fx.branches.dvora.config import DVoraConfig
 from vera_fx.branches.vera.config import VeraConfig
 from vera_fx.checkpoint.loading import load_adapter
 from vera_fx.checkpoint.lora import lora_errors, to_lora
@@ -53,6 +54,7 @@ __all__ = [
     "CaptureError",
     "CheckpointError",
     "ConfigError",
+    "DVoraConfig",
     "ExportError",
     "ParameterSummary",
     "PartialCaptureWarning",

@@ -1,12 +1,13 @@
 """The kinds of branch that the library knows: a kind is registered here, by one line."""
 
+from vera_fx.branches.dvora.kind import DVORA
 from vera_fx.branches.protocol import BranchKind
 from vera_fx.branches.vera.kind import VERA
 from vera_fx.config import AdapterConfig
 from vera_fx.errors import listing
 from vera_fx.passes import AdaptationPlan
 
-KINDS: tuple[BranchKind, ...] = (VERA,)
+KINDS: tuple[BranchKind, ...] = (VERA, DVORA)
 
 
 def kind_of(config: AdapterConfig) -> BranchKind:

@@ -1,0 +1,17 @@
+"""The configuration of a DVoRA adapter: VeRA's, with the plans that DVoRA has."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from vera_fx.branches.vera.config import VeraConfig
+
+
+@dataclass(frozen=True)
+class DVoraConfig(VeraConfig):
+    """As `VeraConfig`; ``plan`` may be ``"auto"``, ``"timed"``, ``"factored"`` or ``"dense"``.
+
+    Every target has one more trained vector, the magnitude of its rows ``(out,)``, which starts at
+    the norms of the base weight's rows: the adapted model starts at the base.
+    """
+
+    plans: ClassVar[tuple[str, ...]] = ("factored", "dense")
