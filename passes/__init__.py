@@ -40,7 +40,9 @@ from vera_fx.passes.sites.target import Target
 from vera_fx.passes.zero_masked_rows import ZeroMaskedRows
 
 __all__ = [
+    "FOR_EXPORTS",
     "META_KEY",
+    "ORDER",
     "PLANS",
     "Action",
     "AdaptationPlan",
@@ -109,6 +111,27 @@ __all__ = [
     "tensor_of",
     "training",
 ]
+
+
+ORDER: tuple[type[GraphPass], ...] = (
+    InlineGradMode,
+    DropMetadataAsserts,
+    DropIdleDropout,
+    InsertBranches,
+    RedirectParameters,
+    RowVectors,
+    LowerBranch,
+    ShareProjection,
+    MergeWeight,
+    ScaleBranch,
+    CheckpointLayers,
+    RecomputeInBackward,
+    OutlineLayers,
+)
+"""All passes that a graph goes through, in order: `cleanup`, `adaptation`, `training`."""
+
+FOR_EXPORTS: tuple[type[GraphPass], ...] = (FoldWeights, ContiguousAttention, ZeroMaskedRows)
+"""Passes over graphs that leave the library."""
 
 
 def cleanup() -> tuple[GraphPass, ...]:
