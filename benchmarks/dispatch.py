@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import vera_fx
-from vera_fx.graphs.runtime import finish, prepare
+from vera_fx.graphs.around import finish, prepare
 
 
 class Stack(nn.Module):

@@ -29,7 +29,7 @@ from vera_fx.export.onnx import export_onnx
 from vera_fx.export.program import export_program
 from vera_fx.export.read_back import program_sites, replace_adapter
 from vera_fx.export.vectors import program_vectors
-from vera_fx.model.adapt import adapt, capture, unload
+from vera_fx.model.adapt import adapt, capture, refresh, unload
 from vera_fx.model.adapters import (
     ParameterSummary,
     active_adapters,
@@ -85,6 +85,7 @@ __all__ = [
     "parameter_summary",
     "program_sites",
     "program_vectors",
+    "refresh",
     "replace_adapter",
     "save_adapter",
     "save_adapters",

@@ -25,6 +25,7 @@ R = TypeVar("R")
 # Not ContextVars: hooks ask for them, and Dynamo can trace them only with a thread's own state.
 _thread = threading.local()
 _lock = threading.RLock()
+_capture_lock = threading.RLock()
 
 # --- what a thread is doing ----------------------------------------------------------------------
 
@@ -51,13 +52,17 @@ _captures: list[int] = []
 
 @contextlib.contextmanager
 def capturing() -> Iterator[None]:
-    """Inside the block this thread captures a model; hooks of the library stay silent."""
-    _captures.append(threading.get_ident())
-    try:
-        with holding("capturing", value=True):
-            yield
-    finally:
-        _captures.remove(threading.get_ident())
+    """Inside the block this thread captures a model; hooks of the library stay silent.
+
+    One capture at a time: torch.export is not made for several threads.
+    """
+    with _capture_lock:
+        _captures.append(threading.get_ident())
+        try:
+            with holding("capturing", value=True):
+                yield
+        finally:
+            _captures.remove(threading.get_ident())
 
 
 @skip_frame

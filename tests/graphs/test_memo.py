@@ -51,11 +51,11 @@ def test_what_trains_is_planned_anew() -> None:
     model = vera_fx.adapt(Wide(), vera_fx.VeraConfig(r=64, target_modules=["lin"]))
     model(X)
     runtime = model.__dict__["_vera_runtime"]
-    known = len(runtime._memo)
+    known = len(runtime.kept._known)
     vera_fx.set_trainable(model, "default", trainable=False)
     model(X)
 
-    assert len(runtime._memo) == known + 1
+    assert len(runtime.kept._known) == known + 1
     assert len(list(runtime.all_captures())) == 1
 
 

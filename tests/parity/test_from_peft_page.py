@@ -62,7 +62,8 @@ def test_every_public_function_of_pefts_kind_is_in_the_recipe() -> None:
     others = {
         "AdapterStore", "StoreCounts", "capture", "export_aoti", "export_executorch", "export_executorch_data",
         "export_onnx", "export_program", "load_program",
-        "lora_errors", "program_sites", "program_vectors", "replace_adapter", "save_program", "ParameterSummary",
+        "lora_errors", "program_sites", "refresh", "program_vectors", "replace_adapter",
+        "save_program", "ParameterSummary",
     }  # fmt: skip
     functions = {
         name for name in vera_fx.__all__ if not name.endswith(("Error", "Warning"))

@@ -158,7 +158,7 @@ def dtypes_of_products(model: nn.Module, x: Tensor) -> list[torch.dtype]:
     from vera_fx.graphs.runtime import runtime_of
 
     model(x)
-    (captures,) = runtime_of(model).captures.values()
+    (captures,) = runtime_of(model).kept.captures.values()
     (variants,) = captures[0].variants.values()
     (variant,) = variants.values()
     products = {torch.ops.aten.linear.default, merged_linear}

@@ -41,7 +41,7 @@ def build() -> tuple[nn.Module, nn.Module, GraphModule]:
     model = vera_fx.adapt(copy.deepcopy(base), CONFIG)
     fill_vectors(model)
     model(X)
-    (captures,) = runtime_of(model).captures.values()
+    (captures,) = runtime_of(model).kept.captures.values()
     (variants,) = captures[0].variants.values()
     (variant,) = variants.values()
     return model, hook_reference(base, model), variant.graph

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vera_fx.bank.adapter import Adapter, TrainedBias, Vectors, everywhere
+from vera_fx.bank.adapter import Adapter, TrainedBias, Vectors, everywhere, is_everywhere
 from vera_fx.bank.bank import AdapterBank
 from vera_fx.bank.blueprint import Blueprint, home
 from vera_fx.bank.hooks import EagerBranch, EagerCopy, EagerHook
+from vera_fx.bank.structure import Base
 from vera_fx.base.modules import tensor_paths
+from vera_fx.base.targets import targets_now
 from vera_fx.errors import TargetError
 from vera_fx.passes import Target
 from vera_fx.products.kinds import weight_of
@@ -134,18 +136,54 @@ def install(
     targets: Mapping[str, Target],
 ) -> None:
     """Put a built adapter into the bank, inactive, and hook the modules that it adapts."""
-    tensors, bases = tensor_paths(model), {}
+    places: list[tuple[str, str]] = []
     for path, tensor_name, _ in adapter.copied_tensors():
-        module = model.get_submodule(path)
-        uses = tuple(tensors[id(attribute_of(module, tensor_name))])
-        bases[path, tensor_name] = uses, module
-        if path in adapter.frozen and len(uses) > 1:
-            bases[everywhere(path), tensor_name] = uses, module
+        places.append((path, tensor_name))
+        if path in adapter.frozen:
+            places.append((everywhere(path), tensor_name))
+    bases = _bases(model, places)
+    _hook_all(model, bank, adapter)
+    bank.insert(name, adapter, projections, targets, bases)
+
+
+def follow(model: nn.Module, bank: AdapterBank) -> None:
+    """Let the bank know the model as it is now: modules replaced, tied or parametrised since.
+
+    Raises:
+        TargetError: a target, or a module that an adapter has a copy of, is gone.
+    """
+    structure = bank.structure
+    targets = targets_now(model, structure.targets)
+    bases = _bases(model, structure.base_paths)
+    for name in bank.adapters:
+        _hook_all(model, bank, bank.adapter(name))
+    if structure.follow(targets, bases):
+        bank.rebind()
+
+
+def _bases(model: nn.Module, places: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Base]:
+    """Where the base's own tensor at each place is read, and its module."""
+    tensors, found = tensor_paths(model), dict[tuple[str, str], Base]()
+    for path, name in places:
+        try:
+            module = model.get_submodule(path.removesuffix("."))
+            uses = tuple(tensors[id(attribute_of(module, name))])
+        except (AttributeError, KeyError) as error:
+            raise TargetError(
+                f"an adapter has a copy of {name!r} of {path!r}, which is gone from this model; put a "
+                "module like it there, or unload the adapters"
+            ) from error
+        # What stands for every use is only needed where there are several.
+        if not is_everywhere(path) or len(uses) > 1:
+            found[path, name] = uses, module
+    return found
+
+
+def _hook_all(model: nn.Module, bank: AdapterBank, adapter: Adapter) -> None:
     hooks = ((EagerBranch, adapter.vectors.by_path), (EagerCopy, adapter.copies.by_path))
     for kind, paths in hooks:
         for path in paths:
             _hook(model.get_submodule(path), kind(bank, path))
-    bank.insert(name, adapter, projections, targets, bases)
 
 
 def attribute_of(root: nn.Module, path: str) -> Tensor:

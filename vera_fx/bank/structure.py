@@ -11,9 +11,11 @@ from vera_fx.bank.adapter import Adapter, is_everywhere
 from vera_fx.bank.packed import Group
 from vera_fx.passes import ReadWeight, Redirect, Target, resolve
 
-Bases = Mapping[tuple[str, str], tuple[tuple[str, ...], nn.Module]]
-"""For each ``(module path, tensor name)`` that an adapter has a copy of, the paths under which the
-base's tensor is read and the base's module."""
+Base = tuple[tuple[str, ...], nn.Module]
+"""The paths under which a tensor of the base is read, and the module that it belongs to."""
+
+Bases = Mapping[tuple[str, str], Base]
+"""`Base` for each ``(module path, tensor name)`` that an adapter has a copy of."""
 
 
 class Structure:
@@ -55,6 +57,14 @@ class Structure:
         self.base_paths = dict(sorted(paths.items(), key=lambda item: is_everywhere(item[0][0])))
         self.homes.update((path, home) for (path, _), (_, home) in bases.items())
         return sizes != (len(self.targets), len(self.base_paths))
+
+    def follow(self, targets: Mapping[str, Target], bases: Bases) -> bool:
+        """Take what the model has now in the place of what it had; True if that differs."""
+        before = self.targets, self.base_paths, self.homes
+        self.targets = dict(targets)
+        self.base_paths = {place: bases[place][0] for place in bases}
+        self.homes = {place[0]: bases[place][1] for place in bases}
+        return before != (self.targets, self.base_paths, self.homes)
 
     def lay_out(self, adapter: Adapter, targets: Mapping[str, Target]) -> bool:
         """Make room for an adapter in the rows of its group; True if that changed them."""

@@ -1,5 +1,8 @@
 """The model's own modules and tensors by path, without the bank that hangs on it."""
 
+from types import CodeType
+from typing import Any
+
 from torch import nn
 
 BANK = "vera"
@@ -33,3 +36,18 @@ def tensor_paths(model: nn.Module) -> dict[int, list[str]]:
             if not in_bank(path):
                 paths.setdefault(id(tensor), []).append(path)
     return paths
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a module had before the library extended it."""
+    return getattr(type(module), "_vera_base", type(module))
+
+
+def asks_for_gradients(hook: Any) -> bool:
+    """True for the hook that gradient checkpointing puts on embeddings, in all its versions.
+
+    All that it does is ``output.requires_grad_(True)``, so that re-entrant checkpoints keep the
+    gradients of what is inside; checkpoints in graphs are never re-entrant.
+    """
+    code = getattr(hook, "__code__", None)
+    return isinstance(code, CodeType) and code.co_names == ("requires_grad_",)

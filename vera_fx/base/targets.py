@@ -47,6 +47,30 @@ def resolve_targets(
     return {path: _as_target(path, modules[path], tensors, twins) for path in kept}
 
 
+def targets_now(model: nn.Module, targets: Mapping[str, Target]) -> dict[str, Target]:
+    """The targets as the model has them now: replaced, tied or parametrised since they were chosen.
+
+    Raises:
+        TargetError: a target is gone, or no linear module of its size any more.
+    """
+    tensors, twins = tensor_paths(model), module_paths(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found: dict[str, Target] = {}
+    for path in targets:
+        if path not in modules:
+            raise TargetError(
+                f"target {path!r} is gone from this model; put a module there, or unload the adapters"
+            )
+        now = found[path] = _as_target(path, modules[path], tensors, twins)
+        sizes = [(t.in_features, t.out_features) for t in (targets[path], now)]
+        if sizes[0] != sizes[1]:
+            raise TargetError(
+                f"target {path!r} was adapted with (in, out) {sizes[0]} and is a module of {sizes[1]} now; "
+                "unload the adapters before it is replaced, and adapt the model again"
+            )
+    return found
+
+
 def with_default_targets(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
     """``config`` with the architecture's targets where it gives none.
 

@@ -5,33 +5,27 @@ then bound to the model itself: it shares the model's dictionaries of modules, p
 buffers, so that whatever is assigned, moved or loaded there later is what the graph reads.
 """
 
-import contextlib
-import inspect
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.fx.graph import CodeGen
 
-from vera_fx._context import capturing
 from vera_fx._torch import TreeSpec
-from vera_fx.base.hf import capture_hint, checkpointing_recorded, export_patches
-from vera_fx.base.modules import BANK
-from vera_fx.capturing.open_integers import sizes_as_integers
-from vera_fx.capturing.returned_objects import Stateful, mark_returned
-from vera_fx.capturing.signature import Call, CallReader, map_tensors
+from vera_fx.base.hf import capture_hint
+from vera_fx.capturing.returned_objects import Stateful
+from vera_fx.capturing.signature import Call, CallReader
+from vera_fx.capturing.trace import aliased, trace
 from vera_fx.errors import CaptureError, first_line
 from vera_fx.passes import PipelineReport, cleanup, resolve
 from vera_fx.pipelines import run_pipeline
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Capture:
     """One signature as a graph.
 
@@ -45,8 +39,10 @@ class Capture:
         guards: which sizes the graph admits.
         values: its inputs as fake tensors, whose sizes may be symbols.
         checkpointed: paths of the layers whose activations are to be recomputed in backward.
+        aliased: paths of the model's tensors that the code read by another way than their modules.
         variants: adapted graphs made from it, by the bank's structure and the plans.
         planners: what chooses the plans, by the bank's structure.
+        used: when it was last asked for, to tell which one to give up.
     """
 
     graph: GraphModule
@@ -58,8 +54,10 @@ class Capture:
     guards: "Guards"
     values: list[Tensor]
     checkpointed: frozenset[str] = frozenset()
+    aliased: tuple[str, ...] = ()
     variants: dict[Any, dict[Any, Any]] = field(default_factory=dict[Any, dict[Any, Any]])
     planners: dict[Any, Any] = field(default_factory=dict[Any, Any])
+    used: int = 0
 
 
 class Guards:
@@ -99,8 +97,10 @@ def capture_call(model: nn.Module, forward: Any, reader: CallReader, call: Call)
         CaptureError: torch.export cannot trace the call.
     """
     stateful = Stateful.of(call.arguments)
-    with checkpointing_recorded(model) as checkpointed:
-        exported = _export(model, forward, reader, call, stateful)
+    try:
+        exported, checkpointed = trace(model, forward, reader, call, stateful)
+    except Exception as error:
+        raise CaptureError(_explain(model, call, error)) from error
     graph = bind_live(exported, model)
     report = run_pipeline(graph, cleanup(), "capture")
     values = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
@@ -113,123 +113,9 @@ def capture_call(model: nn.Module, forward: Any, reader: CallReader, call: Call)
         stateful=stateful.names,
         guards=Guards(values),
         values=values,
-        checkpointed=frozenset(checkpointed),
+        checkpointed=checkpointed,
+        aliased=tuple(aliased(exported, model)),
     )
-
-
-def _export(
-    model: nn.Module, forward: Any, reader: CallReader, call: Call, stateful: Stateful
-) -> ExportedProgram:
-    copies = {name: map_tensors(value, _copy) for name, value in call.inputs.items()}
-    inputs = {
-        f"input_{i}": copies[name] for i, name in enumerate(copies) if _has_tensor(copies[name])
-    }
-    names = dict(zip(inputs, (n for n in copies if _has_tensor(copies[n])), strict=True))
-
-    def run(shell: nn.Module, **given: Any) -> Any:
-        arguments = {**copies, **{names[key]: value for key, value in given.items()}}
-        for value in arguments.values():
-            sizes_as_integers(value)
-        args, kwargs = reader.split(arguments)
-        try:
-            result = forward(shell, *args, **kwargs)
-        except Exception as error:
-            raise _Stopped from error
-        return mark_returned(result, stateful.pick(arguments))
-
-    shell = _shell(model, run, list(inputs))
-    try:
-        with _tracing(model):
-            return torch.export.export(
-                shell, (), inputs, strict=False, dynamic_shapes=cast("Any", _dynamic_shapes(inputs))
-            )
-    except Exception as error:
-        reason = error.__cause__ if isinstance(error, _Stopped) and error.__cause__ else error
-        raise CaptureError(_explain(model, call, reason)) from reason
-
-
-class _Stopped(Exception):  # noqa: N818
-    """The model's forward raised; torch would print half a graph for some errors of its own."""
-
-
-def _copy(value: Tensor) -> Tensor:
-    return value.detach().clone(memory_format=torch.contiguous_format)
-
-
-def _has_tensor(value: Any) -> bool:
-    found: list[Tensor] = []
-    map_tensors(value, lambda x: found.append(x) or x)
-    return bool(found)
-
-
-def _shell(model: nn.Module, run: Any, names: list[str]) -> nn.Module:
-    """A stand-in for ``model``: the same state and class, but a flat forward and no bank.
-
-    torch.export reads the forward's signature, and would turn Hugging Face's ``**kwargs`` into one
-    bundle that no dynamic shape can be given for. The model itself is left alone.
-    """
-    base = original_class(model)
-
-    def forward(self: nn.Module, **given: Any) -> Any:
-        return run(self, **given)
-
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    parameters = [
-        inspect.Parameter("self", kind),
-        *(inspect.Parameter(name, kind) for name in names),
-    ]
-    forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    shell = object.__new__(type(base.__name__, (base,), {"forward": forward}))
-    # Wrappers on the object (accelerate's forward, nn.Module.compile) are for real calls.
-    wrappers = ("forward", "_compiled_call_impl")
-    shell.__dict__.update({k: v for k, v in model.__dict__.items() if k not in wrappers})
-    shell.__dict__["_modules"] = {k: m for k, m in model._modules.items() if k != BANK}
-    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-        shell.__dict__[hooks] = type(model.__dict__[hooks])()
-    return shell
-
-
-def original_class(model: nn.Module) -> type[nn.Module]:
-    """The class that the model had before it was adapted."""
-    return getattr(type(model), "_vera_base", type(model))
-
-
-def _dynamic_shapes(inputs: dict[str, Any]) -> ShapesCollection | None:
-    shapes = ShapesCollection()
-    some = False
-
-    def mark(value: Tensor) -> Tensor:
-        nonlocal some
-        dims = {dim: Dim.AUTO for dim, size in enumerate(value.shape) if size > 1}
-        if dims:
-            shapes[value] = dims
-            some = True
-        return value
-
-    for value in inputs.values():
-        map_tensors(value, mark)
-    return shapes if some else None
-
-
-@contextlib.contextmanager
-def _tracing(model: nn.Module) -> Iterator[None]:
-    """The surroundings of an export: gradients on, no fast paths, no traces left behind."""
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    try:
-        # The fused fast path of nn.TransformerEncoderLayer hides its linear calls.
-        torch.backends.mha.set_fastpath_enabled(False)
-        with (
-            capturing(),
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.random.fork_rng(devices=[]),
-            export_patches(model),
-            warnings.catch_warnings(),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
 
 
 def bind_live(exported: ExportedProgram, model: nn.Module) -> GraphModule:

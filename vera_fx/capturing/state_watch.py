@@ -1,113 +1,142 @@
 """Notices that a model's Python state changed, so that no stale graph ever runs.
 
-A captured graph bakes in what its Python code read: train or eval mode, dropout rates, flags of
-the configuration, dtypes and devices of the weights. The watch gives every such state a small
-number, which is part of the key under which graphs are kept: a changed state leads to another
+A captured graph bakes in what its Python code read: train or eval mode, dropout rates, flags,
+submodules, methods, globals, dtypes and devices of the weights. The watch gives every such state a
+small number, which is part of the key under which graphs are kept: a changed state leads to another
 capture, a restored one back to its graph.
 """
 
-import enum
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Hashable, Iterable
+from operator import attrgetter, is_
+from types import CellType
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from vera_fx._torch import stamp
+from vera_fx._torch import DictMarks, TensorMarks, stamp
+from vera_fx.base.modules import asks_for_gradients, original_class
+from vera_fx.capturing.facts import fact
+from vera_fx.capturing.reads import Reads, reads_of, slot_value
 
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, enum.Enum)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-_Held = Mapping[str, Tensor | None]
-_UNREAD = {"_previous_max_cache_length"}  # what transformers' generate notes for itself
-_IGNORED = (frozenset(nn.Module().__dict__) - {"training"}) | _UNREAD
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_KEPT = 1024
+"""States that have a number; the one that was not used for longest loses it."""
 
 
 class StateWatch:
-    """Numbers the Python states of a model's modules and of their configuration objects."""
+    """Numbers the states of all that the forward of a model may read.
 
-    def __init__(self, modules: list[nn.Module], ignored_hook: type) -> None:
-        self._modules = modules
-        self._ignored_hook = ignored_hook
-        configs = {id(c): c for m in modules if (c := m.__dict__.get("config")) is not None}
-        self._configs = [config for config in configs.values() if hasattr(config, "__dict__")]
-        self._attributes: list[dict[Any, Any]] = [
-            obj.__dict__ for obj in (*modules, *self._configs)
-        ]
-        self._hooks: list[dict[Any, Any]] = []
-        self._tensors: list[_Held] = [d for m in modules for d in (m._parameters, m._buffers)]
-        self._probes = _probes(self._tensors)
-        self._seen: Hashable = None
+    Attributes:
+        hooked: paths of modules with hooks that are not the library's, in order.
+    """
+
+    def __init__(
+        self, modules: Callable[[], Iterable[tuple[str, nn.Module]]], ignored_hook: type
+    ) -> None:
+        """Args: gives the modules by path as they are now; and the class of the library's hooks."""
+        self._find, self._ignored_hook = modules, ignored_hook
+        self.hooked: tuple[str, ...] = ()
         self._states: dict[Hashable, int] = {}
+        self._numbers: dict[Hashable, int] = {}
+        self._count = itertools.count()
         self._current = -1
+        self._look()
 
     def state(self) -> int:
         """The number of the present state; cheap while nothing changes."""
-        if self._now() != self._seen:
-            fingerprint = tuple(self._facts())
-            self._current = self._states.setdefault(fingerprint, len(self._states))
-            self._seen = self._now()
+        handles = self._handles == RemovableHandle.next_id
+        if not handles or (self.hooked and stamp(self._hook_dicts) != self._hook_stamp):
+            self._look_for_hooks()
+        if not self._unchanged():
+            self._look()
         return self._current
 
-    def _now(self) -> Hashable:
-        """What is cheap to look at and differs whenever a fact does.
+    def refresh(self) -> None:
+        """Take everything for changed: for changes that leave no mark."""
+        self._states.clear()
+        self._look()
 
-        A new hook anywhere moves next_id; a removed one changes a dictionary that is watched. Casts
-        and moves of a model leave no mark on it, but reach its first weight and its last.
-        """
-        changes = stamp(self._attributes) + stamp(self._hooks)
-        return changes, RemovableHandle.next_id, *map(_place, self._probes)
+    def _unchanged(self) -> bool:
+        return (
+            self._dicts.hold()
+            and not any(self._empties)
+            and list(map(type, self._modules)) == self._types
+            and self._tensors.hold()
+            and all(map(_holds, self._lists, self._entries))
+            and all(map(is_, map(_content, self._cells), self._contents))
+            and all(slot_value(value, slot) is held for value, slot, held in self._slotted)
+        )
 
-    def _facts(self) -> Iterator[Hashable]:
-        for attributes in self._attributes:
-            yield tuple(_facts_of(attributes))
-        self._hooks = [
-            hooks
-            for module in self._modules
-            for hooks in (module.__dict__[name] for name in _HOOKS)
-            if any(not isinstance(hook, self._ignored_hook) for hook in hooks.values())
-        ]
-        yield tuple(id(hook) for hooks in self._hooks for hook in hooks.values())
-        yield tuple(_place((tensors, name)) for tensors in self._tensors for name in tensors)
+    def _look(self) -> None:
+        """Find anew what may be read, and number its state."""
+        named = dict(self._find())
+        reads = reads_of(named.values())
+        self._take(reads)
+        facts = tuple(map(self._numbered, self._facts(reads)))
+        number = self._states.pop(facts, None)
+        self._states[facts] = next(self._count) if number is None else number
+        self._current = self._states[facts]
+        if len(self._states) > _KEPT:
+            del self._states[next(iter(self._states))]
+        self._named = named
+        self._look_for_hooks()
+
+    def _take(self, reads: Reads) -> None:
+        self._dicts = DictMarks(reader.where for reader in reads.readers)
+        self._empties = reads.empties
+        self._modules, self._types = reads.modules, list(map(type, reads.modules))
+        self._tensors = TensorMarks(reads.first)
+        self._lists, self._entries = reads.lists, [tuple(values) for values in reads.lists]
+        self._cells = [cell for cell in reads.cells if _is_set(cell)]
+        self._contents = list(map(_content, self._cells))
+        self._slotted = [(v, slot, slot_value(v, slot)) for v, slot in reads.slotted]
+
+    def _facts(self, reads: Reads) -> Iterable[Hashable]:
+        yield tuple((fact(module), fact(original_class(module))) for module in reads.modules)
+        yield tuple((t.dtype, t.device, t.shape, t.requires_grad) for t in reads.tensors)
+        yield from (reader.facts() for reader in reads.readers)
+        yield from (fact(values) for values in reads.lists)
+        yield tuple(map(fact, self._contents))
+        yield tuple((slot.__name__, fact(held)) for _, slot, held in self._slotted)
+
+    def _numbered(self, facts: Hashable) -> int:
+        """A small number for the facts of one source, so that states compare quickly."""
+        if len(self._numbers) > _KEPT * 64:
+            self._numbers.clear()
+            self._states.clear()
+        return self._numbers.setdefault(facts, next(self._count))
+
+    def _look_for_hooks(self) -> None:
+        self._handles = RemovableHandle.next_id
+        found = {
+            path: [hooks for name in _HOOKS if (hooks := self._foreign(module.__dict__[name]))]
+            for path, module in self._named.items()
+        }
+        self.hooked = tuple(path for path, dicts in found.items() if dicts)
+        self._hook_dicts = [hooks for dicts in found.values() for hooks in dicts]
+        self._hook_stamp = stamp(self._hook_dicts)
+
+    def _foreign(self, hooks: dict[int, Any]) -> dict[int, Any]:
+        """The dictionary if there are hooks in it that have to run where Python calls modules."""
+        return hooks if any(map(self._has_to_run, hooks.values())) else {}
+
+    def _has_to_run(self, hook: Any) -> bool:
+        return not isinstance(hook, self._ignored_hook) and not asks_for_gradients(hook)
 
 
-def _probes(tensors: Sequence[_Held]) -> list[tuple[_Held, str]]:
-    """Where the first and the last floating-point tensor are kept."""
-    found = [
-        (held, name)
-        for held in tensors
-        for name, tensor in held.items()
-        if tensor is not None and tensor.is_floating_point()
-    ]
-    return [*found[:1], *found[1:][-1:]]
+_content = attrgetter("cell_contents")
 
 
-def _place(at: tuple[_Held, str]) -> Hashable:
-    """Dtype and device of the tensor that is there now."""
-    tensor = at[0].get(at[1])
-    return None if tensor is None else (tensor.dtype, tensor.device)
+def _is_set(cell: CellType) -> bool:
+    try:
+        _content(cell)
+    except ValueError:
+        return False
+    return True
 
 
-def _facts_of(attributes: dict[str, Any]) -> Iterator[tuple[str, Hashable]]:
-    for name, value in attributes.items():
-        if name not in _IGNORED and (fact := _fact(value)) is not None:
-            yield name, fact
-
-
-def _fact(value: Any) -> Hashable:
-    """What about an attribute can change the code's path; None for what cannot, or is read live."""
-    if isinstance(value, _PLAIN):
-        return type(value).__name__, value
-    if isinstance(value, list | tuple | set | frozenset):
-        return _container_fact(value, value)
-    if isinstance(value, dict):
-        return _container_fact(value, value.values())
-    if callable(value) and not isinstance(value, nn.Module):
-        return "callable", id(value)
-    return None
-
-
-def _container_fact(container: Any, values: Iterable[Any]) -> Hashable:
-    if all(isinstance(value, (*_PLAIN, list, tuple, dict)) for value in values):
-        return type(container).__name__, repr(container)
-    return None
+def _holds(values: Any, entries: tuple[Any, ...]) -> bool:
+    """True if a container has the very entries that it had."""
+    return len(values) == len(entries) and all(map(is_, values, entries))

@@ -20,7 +20,8 @@ from vera_fx.export.graph import FORMS, graph_of
 from vera_fx.export.module import AUTO, INDEX, VECTORS, ProgramModule, export_module, own
 from vera_fx.export.rows import RowProgramModule, row_arguments
 from vera_fx.export.vectors import describe_program
-from vera_fx.graphs.runtime import prepare, require_adapted, runtime_of
+from vera_fx.graphs.around import prepare
+from vera_fx.graphs.runtime import require_adapted, runtime_of
 from vera_fx.mixing.rows_of_call import row_count
 from vera_fx.passes import GraphPass
 from vera_fx.pipelines import run_pipeline

@@ -10,7 +10,7 @@ from vera_fx.bank.adaptation_plan import adaptation_plan
 from vera_fx.bank.bank import AdapterBank, bank_of
 from vera_fx.capturing.export_call import Capture
 from vera_fx.capturing.signature import Call
-from vera_fx.errors import AdapterError
+from vera_fx.errors import AdapterError, TargetError
 from vera_fx.graphs.planning import mixed_assignment, mixed_choice, open_sizes, planner, workload
 from vera_fx.graphs.variants import Variant, adapt_graph
 from vera_fx.mixing.mixer import Mix, Mixer
@@ -22,18 +22,45 @@ if TYPE_CHECKING:
     from collections.abc import Hashable
 
 
+_STRUCTURES = 64
+"""Structures of a bank for which the graphs of one capture are kept."""
+
+
 def adapted(model: nn.Module, capture: Capture, call: Call) -> GraphModule:
     """The graph with the computing adapters, planned for the call's sizes."""
     bank = bank_of(model)
     if not bank.slots.binding.slots:
         return capture.graph
-    variants = capture.variants.setdefault(_structure(bank, capture), {})
+    variants = _variants(capture, _structure(bank, capture))
     choice = _choose(model, capture, call, [*variants])
     variant = variants.get(choice.assignment)
     if variant is None:
+        _check_aliased(bank, capture)
         plan = adaptation_plan(bank, lambda path: capture.training.get(path, False))
         variant = variants[choice.assignment] = adapt_graph(plan, capture, choice)
     return variant.for_call()
+
+
+def _check_aliased(bank: AdapterBank, capture: Capture) -> None:
+    weights = {weight: t.path for t in bank.structure.targets.values() for weight in t.weights}
+    for path in capture.aliased:
+        if path in weights:
+            raise TargetError(
+                f"the weight of target {weights[path]!r} is read by code that holds on to it past its "
+                "module (in a list, a closure or a compiled function), where no branch can be added; "
+                f"exclude {weights[path]!r} from target_modules, or let the code call the module"
+            )
+
+
+def _variants(capture: Capture, structure: "Hashable") -> dict[Any, Variant]:
+    """The variants for one structure of the bank; those of an older one go if there are too many."""
+    found = capture.variants.pop(structure, {})
+    capture.variants[structure] = found
+    while len(capture.variants) > _STRUCTURES:
+        oldest = next(iter(capture.variants))
+        del capture.variants[oldest]
+        capture.planners.pop(oldest, None)
+    return found
 
 
 def mixed(model: nn.Module, capture: Capture, call: Call, mix: Mix) -> Variant:
@@ -42,7 +69,7 @@ def mixed(model: nn.Module, capture: Capture, call: Call, mix: Mix) -> Variant:
     if mix.dropout:
         _refuse_dropout(capture, bank)
     batched = rows_among(capture.values, call.leaves, len(mix.names))
-    variants = capture.variants.setdefault((mix.mixer.structure, batched), {})
+    variants = _variants(capture, (mix.mixer.structure, batched))
     assignment = mixed_assignment(model, bank)
     if assignment not in variants:
         with as_library_errors():

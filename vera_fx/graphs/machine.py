@@ -5,7 +5,7 @@ from collections.abc import Hashable
 import torch
 from torch import cpu
 
-from vera_fx._torch import any_autocast, device_types
+from vera_fx._torch import any_autocast, default_device, device_types
 
 _BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 _FP16 = ("avx512_fp16", "amx_fp16", "fp16_arith")
@@ -32,3 +32,13 @@ def autocast_state() -> Hashable:
         return None
     on = [kind for kind in device_types() if torch.is_autocast_enabled(kind)]
     return tuple((kind, torch.get_autocast_dtype(kind)) for kind in on) or None
+
+
+def surroundings() -> Hashable:
+    """What of torch's settings a captured graph may have baked in, beside grad mode."""
+    return (
+        autocast_state(),
+        torch.get_default_dtype(),
+        torch.are_deterministic_algorithms_enabled(),
+        default_device(),
+    )

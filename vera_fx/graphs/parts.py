@@ -27,10 +27,18 @@ class Parts:
     Attributes:
         paths: the parts' paths, by the modules' identity.
         reasons: for each path that runs in Python, why it is not captured.
+        hooked: those of them that run in Python for as long as hooks are registered.
     """
 
     paths: dict[int, str] = field(default_factory=dict[int, str])
     reasons: dict[str, str] = field(default_factory=dict[str, str])
+    hooked: set[str] = field(default_factory=set[str])
+
+    def forget_hooks(self, path: str) -> None:
+        """The hooks that kept ``path`` from being captured are gone."""
+        if path in self.hooked:
+            self.hooked.remove(path)
+            del self.reasons[path]
 
 
 class Part:
@@ -65,7 +73,7 @@ def _forward_for(base: type[nn.Module]) -> Callable[..., Any]:
     return forward
 
 
-def split(model: nn.Module, parts: Parts, entry: str, reason: str) -> None:
+def split(model: nn.Module, parts: Parts, entry: str, reason: str, *, hooks: bool = False) -> None:
     """Note that the module at ``entry`` runs in Python, and make parts of what it calls.
 
     Warns:
@@ -74,6 +82,8 @@ def split(model: nn.Module, parts: Parts, entry: str, reason: str) -> None:
     if entry in parts.reasons:
         return
     parts.reasons[entry] = reason
+    if hooks:
+        parts.hooked.add(entry)
     found = dict(_parts_below(model, bank_of(model), entry))
     for path, module in found.items():
         parts.paths[id(module)] = path

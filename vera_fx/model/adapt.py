@@ -16,8 +16,9 @@ from vera_fx.base.targets import resolve_targets
 from vera_fx.branches.kinds import KINDS, is_config
 from vera_fx.config import AdapterConfig
 from vera_fx.errors import AdapterError, ConfigError
+from vera_fx.graphs.around import prepare
 from vera_fx.graphs.parts import restore_parts
-from vera_fx.graphs.runtime import prepare, require_adapted
+from vera_fx.graphs.runtime import require_adapted, runtime_of
 from vera_fx.model import merging
 from vera_fx.model.model_class import extend, is_adapted, restore_class
 
@@ -156,6 +157,20 @@ def capture(model: nn.Module, *args: Any, **kwargs: Any) -> None:
     """
     require_adapted(model)
     prepare(model, args, kwargs)
+
+
+def refresh(model: nn.Module) -> None:
+    """Forget which state the model's Python was in, so that the next call captures it anew.
+
+    Needed only after changes that leave no mark: contents of NumPy arrays and of other objects whose
+    classes are written in C, files that a forward reads, entries of containers with more than
+    10,000. Everything else is noticed (docs/reliability.md).
+
+    Raises:
+        AdapterError: the model is not adapted.
+    """
+    require_adapted(model)
+    runtime_of(model).watch.refresh()
 
 
 def unload(model: M, *, merge: bool = False, safe: bool = True) -> M:

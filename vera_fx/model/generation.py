@@ -8,7 +8,7 @@ from torch import nn
 
 from vera_fx._context import is_capturing
 from vera_fx.bank.bank import bank_of
-from vera_fx.graphs.runtime import finish, prepare
+from vera_fx.graphs.around import finish, prepare
 from vera_fx.mixing.check import check_mixture, stored_of
 from vera_fx.mixing.kept_names import held_by, names_for_rows
 

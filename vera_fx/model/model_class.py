@@ -8,8 +8,8 @@ from torch import nn
 from vera_fx._context import class_made_of, traced_by_others
 from vera_fx._torch import skip_frame
 from vera_fx.bank.bank import bank_of
-from vera_fx.capturing.export_call import original_class
-from vera_fx.graphs.runtime import finish, prepare
+from vera_fx.base.modules import original_class
+from vera_fx.graphs.around import finish, prepare
 from vera_fx.model.generation import generation_methods
 from vera_fx.model.python_run import run_in_python
 

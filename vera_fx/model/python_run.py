@@ -8,7 +8,8 @@ from torch import nn
 from vera_fx._context import current_run, set_run
 from vera_fx._torch import compiled_by, skip_frame, start_compiling, stop_compiling
 from vera_fx.bank.bank import bank_of
-from vera_fx.graphs.runtime import finish, prepare, runtime_of
+from vera_fx.graphs.around import finish, prepare
+from vera_fx.graphs.runtime import runtime_of
 from vera_fx.model.weight_watch import WeightWatch, unwatched
 
 

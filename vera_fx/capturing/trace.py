@@ -1,0 +1,136 @@
+"""Runs torch.export over one call of a model, in surroundings that leave no traces."""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram, ShapesCollection
+
+from vera_fx._context import capturing
+from vera_fx.base.hf import checkpointing_recorded, export_patches
+from vera_fx.base.modules import in_bank
+from vera_fx.capturing.open_integers import sizes_as_integers
+from vera_fx.capturing.returned_objects import Stateful, mark_returned
+from vera_fx.capturing.shell import shell_of
+from vera_fx.capturing.signature import Call, CallReader, map_tensors
+
+
+def trace(
+    model: nn.Module, forward: Any, reader: CallReader, call: Call, stateful: Stateful
+) -> tuple[ExportedProgram, frozenset[str]]:
+    """Export one call of a model.
+
+    Args:
+        model: the live model.
+        forward: the original, unbound forward of the model's class.
+        reader: the reader that took ``call`` apart.
+        call: the call; its tensors are copied.
+        stateful: the arguments that are objects with a state of their own.
+
+    Returns:
+        The program; and the paths of layers under gradient checkpointing.
+
+    Raises:
+        Exception: whatever torch.export or the model's forward raises.
+    """
+    copies = {name: map_tensors(value, _copy) for name, value in call.inputs.items()}
+    inputs = {
+        f"input_{i}": copies[name] for i, name in enumerate(copies) if _has_tensor(copies[name])
+    }
+    names = dict(zip(inputs, (n for n in copies if _has_tensor(copies[n])), strict=True))
+
+    def run(shell: nn.Module, **given: Any) -> Any:
+        arguments = {**copies, **{names[key]: value for key, value in given.items()}}
+        for value in arguments.values():
+            sizes_as_integers(value)
+        args, kwargs = reader.split(arguments)
+        try:
+            result = forward(shell, *args, **kwargs)
+        except Exception as error:
+            raise _Stopped from error
+        return mark_returned(result, stateful.pick(arguments))
+
+    found = _traced(shell_of(model, run, list(inputs)), inputs)
+    if any(True for _ in aliased(found[0], model)):
+        # Some code holds on to the live modules, past the ones that it was given: let it have them.
+        found = _traced(shell_of(model, run, list(inputs), live=True), inputs)
+    return found
+
+
+def _traced(shell: nn.Module, inputs: dict[str, Any]) -> tuple[ExportedProgram, frozenset[str]]:
+    shapes = cast("Any", _dynamic_shapes(inputs))
+    try:
+        with _tracing(shell), checkpointing_recorded(shell) as checkpointed:
+            exported = torch.export.export(shell, (), inputs, strict=False, dynamic_shapes=shapes)
+    except _Stopped as error:
+        raise error.__cause__ or error from None
+    return exported, frozenset(checkpointed)
+
+
+def aliased(exported: ExportedProgram, model: nn.Module) -> Iterator[str]:
+    """Paths of the model's own tensors that the program holds as constants, past their modules."""
+    held = {tensor.data_ptr(): path for path, tensor in _tensors(model) if tensor.numel()}
+    for name in exported.graph_signature.lifted_tensor_constants:
+        path = held.get(cast("Tensor", exported.constants[name]).data_ptr())
+        if path is not None:
+            yield path
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for named in (model.named_buffers(), model.named_parameters()):
+        yield from ((path, t) for path, t in named if not in_bank(path) and not t.is_meta)
+
+
+class _Stopped(Exception):  # noqa: N818
+    """The model's forward raised; torch would print half a graph for some errors of its own."""
+
+
+def _copy(value: Tensor) -> Tensor:
+    return value.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _has_tensor(value: Any) -> bool:
+    found: list[Tensor] = []
+    map_tensors(value, lambda x: found.append(x) or x)
+    return bool(found)
+
+
+def _dynamic_shapes(inputs: dict[str, Any]) -> ShapesCollection | None:
+    shapes = ShapesCollection()
+    some = False
+
+    def mark(value: Tensor) -> Tensor:
+        nonlocal some
+        dims = {dim: Dim.AUTO for dim, size in enumerate(value.shape) if size > 1}
+        if dims:
+            shapes[value] = dims
+            some = True
+        return value
+
+    for value in inputs.values():
+        map_tensors(value, mark)
+    return shapes if some else None
+
+
+@contextlib.contextmanager
+def _tracing(shell: nn.Module) -> Iterator[None]:
+    """The surroundings of an export: gradients on, no fast paths, no traces left behind."""
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    try:
+        # The fused fast path of nn.TransformerEncoderLayer hides its linear calls.
+        torch.backends.mha.set_fastpath_enabled(False)
+        with (
+            capturing(),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.random.fork_rng(devices=[]),
+            export_patches(shell),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)

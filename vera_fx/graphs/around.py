@@ -1,0 +1,89 @@
+"""What happens around a graph: a call is taken apart, its graph found, its result put together.
+
+Everything here runs in plain Python outside of Dynamo. What torch.compile compiles is the graph
+that `prepare` returns, one code object per signature, so that signatures never compete for one
+compile cache.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from vera_fx._torch import outside_dynamo
+from vera_fx.bank.bank import bank_of
+from vera_fx.capturing.export_call import Capture
+from vera_fx.capturing.returned_objects import restore
+from vera_fx.capturing.signature import Call
+from vera_fx.errors import CaptureError
+from vera_fx.graphs.runtime import Runtime, runtime_of
+from vera_fx.mixing.check import mix_of
+from vera_fx.mixing.kept_mix import mix_again
+from vera_fx.mixing.kept_names import held_by
+from vera_fx.mixing.mixer import Mix
+from vera_fx.mixing.rows_of_call import row_names
+
+
+@dataclass(slots=True)
+class Prepared:
+    """A call, taken apart, and what it is to run."""
+
+    graph: GraphModule
+    capture: Capture
+    call: Call
+
+
+@outside_dynamo
+def prepare(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], entry: str = ""
+) -> Prepared | None:
+    """Take the call apart and find its graph; None if its forward is to run in Python.
+
+    Args:
+        model: the adapted model.
+        args: positional arguments.
+        kwargs: keyword arguments; ``adapter_names`` gives every row its adapter.
+        entry: path of the part of the model that is called; nothing for the model itself.
+    """
+    runtime = runtime_of(model)
+    if entry:
+        runtime = runtime.entries.get(entry) or runtime.entries.setdefault(
+            entry, Runtime(model, entry, runtime)
+        )
+    names = kwargs.pop("adapter_names", None)
+    call = runtime.read(model, args, kwargs)
+    if call is None:
+        _refuse_names(model, names)
+        return None
+    mix = _mix_for(model, call, names)
+    ready = runtime.ready(model, call, mix)
+    if mix is not None and ready is not None:
+        if ready.refused:
+            mix.check(ready.refused)
+        call.leaves += mix.tensors
+    return None if ready is None else Prepared(ready.graph, ready.capture, call)
+
+
+def _refuse_names(model: nn.Module, names: Any) -> None:
+    if names is not None or held_by(bank_of(model)) is not None:
+        raise CaptureError(
+            "adapter_names needs the call as one graph, and an argument is neither a tensor nor a "
+            "constant nor a tree of them; call the model once per adapter (set_adapter)"
+        )
+
+
+def _mix_for(model: nn.Module, call: Call, names: Any) -> Mix | None:
+    """The mixture of a call: of its own ``adapter_names``, or of the ``generate`` around it."""
+    if names is not None:
+        return mix_of(model, names)
+    held = held_by(bank_of(model))
+    return held and mix_again(model, row_names(call, held.names), held)
+
+
+@outside_dynamo
+def finish(prepared: Prepared, outputs: list[Tensor]) -> Any:
+    """Rebuild the result of a call from the graph's flat outputs."""
+    names = prepared.capture.stateful
+    objects = {name: prepared.call.arguments[name] for name in names} if names else None
+    return restore(list(outputs), prepared.capture.out_spec, objects)
