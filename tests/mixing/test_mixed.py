@@ -87,10 +87,10 @@ def test_generate_and_beam_search(name: str) -> None:
         different = 0
         for row, who in enumerate(names):
             vera_fx.set_adapter(model, "a" if who == BASE else who)
-            model.vera.enabled = who != BASE
+            model.vera.disabled = int(who == BASE)
             model.vera.bind()
             expected = model.generate(**inputs, **options, **beams)
-            model.vera.enabled = True
+            model.vera.disabled = 0
             model.vera.bind()
             here = slice(row * each, (row + 1) * each)
             assert torch.equal(mixed[here], expected[here])

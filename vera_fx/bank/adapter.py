@@ -1,6 +1,7 @@
 """One adapter: its branch's tensors for every target, and its own copies of what else it trains."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import cast
 
 from torch import Tensor, nn
@@ -72,6 +73,22 @@ class Tree(nn.Module):
     def extra_repr(self) -> str:
         """A count, so that ``print(model)`` stays readable."""
         return f"{len(self.by_path)} entries"
+
+
+@dataclass(slots=True)
+class Folded:
+    """What it takes to get an adapter out of the base again: as it was when it went in.
+
+    Attributes:
+        vectors: copies of its vectors by target path; empty if the weights were kept.
+        kept: what base tensors were before, by their path: weights that are not computed back, and
+            whatever the adapter has a copy of.
+        exact: whether weights are kept.
+    """
+
+    vectors: dict[str, dict[str, Tensor]] = field(default_factory=dict[str, dict[str, Tensor]])
+    kept: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    exact: bool = False
 
 
 class Adapter(nn.Module):

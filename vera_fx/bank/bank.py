@@ -4,18 +4,24 @@ It hangs on the model as ``model.vera``. Graphs read the active adapters through
 `AdapterBank.bind` puts in place.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
-from vera_fx.bank.adapter import Adapter
+from vera_fx.bank.adapter import Adapter, Folded
 from vera_fx.bank.projections import Projections, ProjectionSet
 from vera_fx.bank.slot_table import SlotTable
 from vera_fx.bank.structure import Bases, Structure
 from vera_fx.base.modules import BANK
+from vera_fx.errors import CheckpointError, listing
 from vera_fx.passes import Target
+
+MERGED = "merged"
+"""Key, below the bank's, that says which adapters are merged into the weights of a state_dict."""
 
 _DERIVED = re.compile(r"(slot|served)\d+|mixer|rows|store")
 """What is put on a bank for graphs to read, and what others keep there: made of what it holds."""
@@ -31,9 +37,8 @@ class AdapterBank(nn.Module):
         structure: what of the adapters shapes graphs.
         slots: what graphs read.
         active: names of the active adapters, in order; their branches add up.
-        merged: names of the adapters that are folded into the base.
-        enabled: False inside ``disable_adapters``.
-        kept_bases: base weights as they were before a merge that keeps them, by adapter and path.
+        folded: the adapters that are merged, in order, and what takes them out of the base again.
+        disabled: how many ``disable_adapters`` blocks are open, in all threads.
         thawed: paths of the base parameters that trained before the model was adapted.
     """
 
@@ -45,11 +50,21 @@ class AdapterBank(nn.Module):
         self.structure = Structure()
         self.slots = SlotTable(self)
         self.active: tuple[str, ...] = ()
-        self.merged: tuple[str, ...] = ()
-        self.enabled = True
-        self.kept_bases: dict[str, dict[str, Tensor]] = {}
+        self.folded: dict[str, Folded] = {}
+        self.disabled = 0
+        self._resting: tuple[tuple[Adapter, ...], list[tuple[Adapter, str]]] = (), []
         self.thawed: tuple[str, ...] = ()
         self.register_load_state_dict_post_hook(_rebind)
+
+    @property
+    def merged(self) -> tuple[str, ...]:
+        """Names of the adapters that are merged, though maybe not inside ``disable_adapters``."""
+        return tuple(self.folded)
+
+    @property
+    def enabled(self) -> bool:
+        """False inside ``disable_adapters``."""
+        return not self.disabled
 
     def adapter(self, name: str) -> Adapter:
         """The adapter called ``name``, which must exist."""
@@ -102,8 +117,27 @@ class AdapterBank(nn.Module):
         # All others are frozen already: a switch costs the same however many there are.
         for name in dict.fromkeys((*before, *self.active)):
             if name in self.adapters:
-                self.adapter(name).let_train(allowed=name in self.active)
+                self.adapter(name).let_train(allowed=name in self.active and self.enabled)
         self.bind()
+
+    def rest(self) -> None:
+        """Let nothing require gradients; `wake` gives back who did."""
+        adapters = tuple(self.adapter(name) for name in self.active)
+        named = [(a, n, p) for a in adapters for n, p in a.named_parameters() if p.requires_grad]
+        self._resting = adapters, [(adapter, name) for adapter, name, _ in named]
+        for _, _, parameter in named:
+            parameter.requires_grad = False
+
+    def wake(self) -> None:
+        """Let those require gradients that did; after a switch, those of the adapters active now."""
+        before, training = self._resting
+        self._resting = (), []
+        now = [self.adapter(name) for name in self.active]
+        if len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True)):
+            self.activate(self.active)
+            return
+        for adapter, name in training:
+            adapter.get_parameter(name).requires_grad = True
 
     def computing(self) -> tuple[str, ...]:
         """Names of the adapters whose branches graphs compute now."""
@@ -129,6 +163,36 @@ class AdapterBank(nn.Module):
         self._drop_retired()
         self.rebind()
         return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Say in a ``state_dict()`` of the model if base weights in it have adapters merged in."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.folded and self.enabled:
+            names = json.dumps(list(self.folded)).encode()
+            destination[f"{prefix}{MERGED}"] = torch.tensor(list(names), dtype=torch.uint8)
+
+    def check_loading(self, state: Iterable[str], prefix: str) -> None:
+        """Refuse a ``load_state_dict`` of the model that would leave a branch twice or not at all.
+
+        Args:
+            state: the keys.
+            prefix: of the model's own keys among them.
+
+        Raises:
+            CheckpointError: base weights with adapters merged in, there or here.
+        """
+        if f"{prefix}{BANK}.{MERGED}" in state:
+            raise CheckpointError(
+                "this state_dict is of a model whose adapters were merged into its base weights, and an "
+                "adapted model would add their branches once more; take the state_dict after "
+                "vera_fx.unmerge(model), or load merged weights without adapters "
+                "(vera_fx.unload(model, merge=True))"
+            )
+        if self.folded and self.enabled and any(key.startswith(prefix) for key in state):
+            raise CheckpointError(
+                f"{listing(self.folded)} is merged into this model's base weights, which load_state_dict "
+                "would replace; call vera_fx.unmerge(model) first"
+            )
 
     def _forget_derived(self) -> None:
         """Let the next batch that mixes adapters lay them out anew (`vera_fx.mixing.mixer`)."""
@@ -156,8 +220,14 @@ class AdapterBank(nn.Module):
 
 def _take_over(bank: AdapterBank, state: Mapping[str, Any]) -> None:
     """Make the parts that version 0.1, which pickled the bank, had as attributes of it."""
+    if state["merged"]:
+        raise CheckpointError(
+            f"this model was pickled by version 0.1 with {listing(state['merged'])} merged into its base, "
+            "and does not say what the base was; load it there, unmerge it and pickle it again"
+        )
     for name in set(state) - set(AdapterBank().__dict__):
         del bank.__dict__[name]
+    bank.folded, bank.disabled, bank._resting = {}, 0, ((), [])
     bank.shared = ProjectionSet(bank.projections)
     bank.structure = Structure.restored(state)
     bank.slots = SlotTable(bank, stale=True)

@@ -57,8 +57,6 @@ def to_lora(
     bank = require_adapted(model)
     name = one_adapter(bank.adapters, bank.active, adapter)
     chosen = bank.adapter(name)
-    if name in bank.merged and chosen.copies.by_path:
-        raise CheckpointError(f"adapter {name!r} is merged; unmerge the model before to_lora")
     errors = {} if rank is None else {ERRORS: json.dumps(lora_errors(model, rank, name))}
     tensors = {key: value.detach().cpu().contiguous() for key, value in _lora(bank, chosen, rank)}
     try:

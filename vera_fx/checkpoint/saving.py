@@ -47,7 +47,7 @@ def save_adapter(
 
     Raises:
         AdapterError: the model is not adapted or there is no such adapter.
-        CheckpointError: the adapter is merged, has no values yet, or the folder cannot be written to.
+        CheckpointError: the adapter has no values yet, or the folder cannot be written to.
         ConfigError: embeddings are asked for and the model has none.
     """
     bank = require_adapted(model)
@@ -103,8 +103,6 @@ def _contents(
 ) -> dict[str, Tensor]:
     """All tensors of the adapter's file, as they are."""
     adapter = bank.adapter(name)
-    if name in bank.merged and adapter.copies.by_path:
-        raise CheckpointError(f"adapter {name!r} is merged; unmerge the model before saving it")
     state = embeddings_to_save(model, bank, adapter, embeddings) | adapter_state_dict(model, name)
     empty = [key for key, tensor in state.items() if tensor.is_meta]
     if empty:

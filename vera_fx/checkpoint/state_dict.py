@@ -23,7 +23,7 @@ from vera_fx.checkpoint.weights_file import (
     take_shared,
 )
 from vera_fx.config import AdapterConfig
-from vera_fx.errors import CheckpointError, TargetError
+from vera_fx.errors import AdapterError, CheckpointError, TargetError
 from vera_fx.graphs.runtime import require_adapted
 
 
@@ -69,11 +69,16 @@ def load_adapter_state_dict(
     """Load tensors under PEFT's keys into an adapter that exists; projections must agree.
 
     Raises:
-        AdapterError: the model is not adapted, or there is no such adapter.
+        AdapterError: the model is not adapted, there is no such adapter, or it is merged.
         CheckpointError: a tensor is missing, unknown or of another shape. Nothing is changed then.
     """
     bank = require_adapted(model)
     check_known(name, bank.adapters)
+    if name in bank.merged:
+        raise AdapterError(
+            f"adapter {name!r} is merged into the base, which would not follow; unmerge the model before "
+            "loading into it"
+        )
     adapter = bank.adapter(name)
     pair = bank.projections_of(adapter)
     state = {plain(key): tensor for key, tensor in state.items()}

@@ -20,7 +20,7 @@ from vera_fx.export.files import constant_name
 from vera_fx.export.module import Read
 from vera_fx.graphs.variants import copy_of
 from vera_fx.mixing.rows_of_call import row_count, rows_among
-from vera_fx.model.merging import folded_weights
+from vera_fx.model.mergeable import folded_weights
 from vera_fx.passes import (
     AdaptationPlan,
     Assignment,

@@ -141,11 +141,11 @@ def _has_tensor(value: Any) -> bool:
 @contextlib.contextmanager
 def _alone(bank: AdapterBank, name: str) -> Iterator[None]:
     """Inside the block exactly this adapter computes; who trains is left alone."""
-    before = bank.active, bank.enabled
-    bank.active, bank.enabled = (name,), True
+    before = bank.active, bank.disabled
+    bank.active, bank.disabled = (name,), 0
     bank.bind()
     try:
         yield
     finally:
-        bank.active, bank.enabled = before
+        bank.active, bank.disabled = before
         bank.bind()

@@ -19,7 +19,7 @@ from vera_fx.errors import AdapterError, ConfigError
 from vera_fx.graphs.around import prepare
 from vera_fx.graphs.parts import restore_parts
 from vera_fx.graphs.runtime import require_adapted, runtime_of
-from vera_fx.model import merging
+from vera_fx.model import mergeable, merging
 from vera_fx.model.model_class import extend, is_adapted, restore_class
 
 M = TypeVar("M", bound=nn.Module)
@@ -197,9 +197,11 @@ def unload(model: M, *, merge: bool = False, safe: bool = True) -> M:
 
 def _merge_for_good(model: nn.Module, *, safe: bool) -> None:
     bank = bank_of(model)
+    merging.check_enabled(bank)
     todo = [name for name in bank.active if name not in bank.merged]
-    merging.check_mergeable(model, bank, todo, safe=safe)
-    merging.untie(model, todo)
+    mergeable.check_mergeable(model, bank, todo, safe=safe)
+    mergeable.check_compatible(bank, [*bank.merged, *todo], "be merged")
+    mergeable.untie(model, todo)
     if todo:
         merging.merge(model, todo, safe=False)
 

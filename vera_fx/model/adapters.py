@@ -5,9 +5,9 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
+from vera_fx._context import changing, one_at_a_time
 from vera_fx.bank.bank import AdapterBank
 from vera_fx.bank.blueprint import blueprint
 from vera_fx.bank.build import build_adapter, draw, install
@@ -17,9 +17,11 @@ from vera_fx.config import AdapterConfig
 from vera_fx.errors import AdapterError, listing
 from vera_fx.graphs.runtime import require_adapted
 from vera_fx.model.adapt import check_config
-from vera_fx.model.merging import merge, unmerge
+from vera_fx.model.mergeable import check_compatible
+from vera_fx.model.merging import resume, suspend, unmerge
 
 
+@one_at_a_time
 def add_adapter(
     model: nn.Module,
     name: str,
@@ -64,6 +66,7 @@ def _first_config(bank: AdapterBank) -> AdapterConfig:
     )
 
 
+@one_at_a_time
 def delete_adapter(model: nn.Module, name: str) -> None:
     """Delete an adapter. If it was active, the others that are active stay so.
 
@@ -89,6 +92,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         )
 
 
+@one_at_a_time
 def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
     """Make one adapter active, or several whose branches add up.
 
@@ -101,7 +105,7 @@ def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
     wanted = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
     for name in wanted:
         check_known(name, bank.adapters)
-    _check_compatible(bank, wanted)
+    check_compatible(bank, wanted)
     if bank.merged:
         warnings.warn(
             "Adapter cannot be set when the model is merged. Unmerging the model first.",
@@ -111,6 +115,7 @@ def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
     bank.activate(wanted)
 
 
+@one_at_a_time
 def set_trainable(model: nn.Module, names: str | Sequence[str], *, trainable: bool = True) -> None:
     """Let adapters train, or freeze them, whatever they were made for.
 
@@ -136,26 +141,6 @@ def set_trainable(model: nn.Module, names: str | Sequence[str], *, trainable: bo
     bank.activate(bank.active)
 
 
-def _check_compatible(bank: AdapterBank, names: Sequence[str]) -> None:
-    owner: dict[str, str] = {}
-    for name in names:
-        for path in bank.adapter(name).copies.by_path:
-            if path in owner and not _is_one_frozen(bank, path, owner[path], name):
-                raise AdapterError(
-                    f"adapters {owner[path]!r} and {name!r} cannot be active together: each has its own "
-                    f"trained copy of {path!r}"
-                )
-            owner[path] = name
-
-
-def _is_one_frozen(bank: AdapterBank, path: str, first: str, second: str) -> bool:
-    """Whether both adapters keep the same frozen values at ``path``."""
-    adapters = [bank.adapter(name) for name in (first, second)]
-    a, b = (adapter.copies.by_path[path].state_dict() for adapter in adapters)
-    frozen = all(path in adapter.frozen for adapter in adapters)
-    return frozen and a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
 def active_adapters(model: nn.Module) -> list[str]:
     """Names of the active adapters; empty inside `disable_adapters`."""
     bank = require_adapted(model)
@@ -169,24 +154,36 @@ def adapter_names(model: nn.Module) -> list[str]:
 
 @contextlib.contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
-    """Inside the ``with`` block the model is its plain base; may be nested.
+    """Inside the ``with`` block the model is its plain base; may be nested, and used by several threads.
 
-    Merged adapters are taken out of the weights for the block and merged again after it.
+    It is so for the whole model, whichever thread calls it, until the last block ends. Vectors and
+    copies require no gradients inside. Merged adapters are taken out of the weights for the block and
+    merged again after it; inside, adapters may be set, added and deleted, but not merged.
     """
     bank = require_adapted(model)
-    was_enabled, merged = bank.enabled, bank.merged
-    exact = bool(bank.kept_bases)
-    if merged:
-        unmerge(model)
-    bank.enabled = False
-    bank.bind()
+    _disable(model, bank)
     try:
         yield
     finally:
-        bank.enabled = was_enabled
+        _enable(model, bank)
+
+
+def _disable(model: nn.Module, bank: AdapterBank) -> None:
+    with changing():
+        if not bank.disabled:
+            suspend(model, bank)
+            bank.rest()
+        bank.disabled += 1
         bank.bind()
-        if merged:
-            merge(model, merged, safe=False, keep_base=exact)
+
+
+def _enable(model: nn.Module, bank: AdapterBank) -> None:
+    with changing():
+        bank.disabled -= 1
+        if not bank.disabled:
+            bank.wake()
+            resume(model, bank)
+        bank.bind()
 
 
 @dataclass(frozen=True, slots=True)

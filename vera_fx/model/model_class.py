@@ -25,6 +25,12 @@ class Adapted:
         own = self._vera_base.extra_repr(model)
         return "\n".join(line for line in (own, f"vera_fx: {bank_of(model).extra_repr()}") if line)
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        # Here, and not in the bank: before the base's first tensor is written to.
+        model = cast("nn.Module", self)
+        bank_of(model).check_loading(state_dict, prefix)
+        self._vera_base._load_from_state_dict(model, state_dict, prefix, *rest)
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # Pickle and deepcopy rebuild the extended class from the original, which is importable.
         return _rebuild, (self._vera_base,), cast("nn.Module", self).__getstate__()
