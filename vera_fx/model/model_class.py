@@ -10,7 +10,7 @@ from vera_fx._torch import skip_frame
 from vera_fx.bank.bank import bank_of
 from vera_fx.base.modules import original_class
 from vera_fx.graphs.around import finish, prepare
-from vera_fx.model.generation import generation_methods
+from vera_fx.model.methods import methods_for
 from vera_fx.model.python_run import run_in_python
 
 
@@ -44,7 +44,7 @@ def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
 def _extended(base: type[nn.Module]) -> type[nn.Module]:
     forward = _forward_for(base)
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
-    names |= generation_methods(base)
+    names |= methods_for(base)
     # The name stays: transformers looks models up by the name of their class.
     kind = type(base.__name__, (Adapted, base), {**names, "_vera_base": base, "forward": forward})
     return cast("type[nn.Module]", kind)
