@@ -4,6 +4,7 @@ docs/reliability.md has a row for each. The oracle is the model's own forward, r
 """
 
 import contextlib
+import enum
 import types
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -325,6 +326,21 @@ def test_objects_that_answer_every_name_are_not_asked() -> None:
     model.outer.strange = Answers()
     before = model(X)
     model.outer.strange.slot = 3
+    assert torch.equal(model(X), before)
+
+
+def test_constants_that_cannot_be_hashed() -> None:
+    class Level(enum.Enum):
+        LOW = 1
+        HIGH = 2
+
+        def __eq__(self, other: object) -> bool:  # and so no __hash__  # noqa: PLW1641
+            return self is other
+
+    model = net()
+    model.outer.level = Level.LOW
+    before = model(X)
+    model.outer.level = Level.HIGH
     assert torch.equal(model(X), before)
 
 

@@ -55,8 +55,10 @@ def fact(value: Any, depth: int = 0) -> Hashable:
     """The fact of a value."""
     if type(value) is float:
         return float, value.hex()  # one fact for every NaN, two for the two zeros
-    if isinstance(value, CONSTANTS):
-        return type(value), repr(value) if isinstance(value, slice) else value
+    if isinstance(value, slice):
+        return type(value), repr(value)
+    if isinstance(value, CONSTANTS) and type(value).__hash__ is not None:
+        return type(value), value
     if isinstance(value, list | tuple | set | frozenset | dict | deque):
         return _of_container(value, depth)
     if type(value) is weakref.ref or isinstance(value, float):

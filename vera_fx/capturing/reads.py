@@ -25,7 +25,7 @@ _LIBRARIES = frozenset(
     {"torch", "torchvision", "vera_fx", "numpy", "scipy", "pandas", "PIL", "safetensors", "tokenizers",
      "accelerate", "deepspeed", "lightning", "lightning_fabric", "pytorch_lightning", "wandb",
      "huggingface_hub", "datasets", "tqdm", "rich", "typing_extensions", "packaging", "regex", "yaml",
-     "filelock", "sympy", *sys.stdlib_module_names}
+     "filelock", "sympy", "pytest", "_pytest", "hypothesis", *sys.stdlib_module_names}
 )  # fmt: skip
 _HOLDERS = (types.SimpleNamespace, argparse.Namespace, UserDict, UserList)
 """Classes of Python's own that are there to hold what users put into them."""
