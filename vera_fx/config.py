@@ -1,12 +1,11 @@
 """What the configurations of all kinds of adapters have in common; one kind's own is in `branches`."""
 
 import dataclasses
-import math
 import numbers
 from collections.abc import Sequence
 from typing import Any, ClassVar, Self, cast
 
-from vera_fx.errors import ConfigError, listing, nearest
+from vera_fx.errors import ConfigError, listing, nearest, shown
 from vera_fx.passes import PLANS
 
 TASK_TYPES = (
@@ -17,6 +16,14 @@ TASK_TYPES = (
     "QUESTION_ANS",
     "FEATURE_EXTRACTION",
 )
+MAX_RANK = 2**40
+MAX_LAYER = 2**31
+SEEDS = range(-(2**63), 2**64)
+"""What torch's generators take."""
+
+_MAX_FLOAT = 3.4028234e38
+"""What float32 holds: values become tensors of it."""
+
 _HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
@@ -65,8 +72,7 @@ class AdapterConfig:
             self._set(name, _names(name, getattr(self, name)))
         if isinstance(self.modules_to_save, str):
             self._set("modules_to_save", (self.modules_to_save,))
-        if not is_int(self.r) or self.r <= 0:
-            raise ConfigError(f"r must be a positive integer, got {self.r!r}")
+        self._set("r", check_int("r", self.r, range(1, MAX_RANK + 1), "a positive integer"))
         self._check_layers()
         check_choice("bias", self.bias, self.biases)
         check_choice("plan", self.plan, ("auto", "timed", *self.plans))
@@ -81,11 +87,8 @@ class AdapterConfig:
 
     def _check_layers(self) -> None:
         layers = self.layers_to_transform
-        if isinstance(layers, Sequence) and not isinstance(layers, str):
-            self._set("layers_to_transform", tuple(layers))
-        checked = layers if isinstance(layers, Sequence) else () if layers is None else (layers,)
-        if isinstance(layers, str) or not all(is_int(layer) for layer in checked):
-            raise ConfigError(f"layers_to_transform must be integers, got {layers!r}")
+        if layers is not None:
+            self._set("layers_to_transform", _layers(layers))
         if self.layers_pattern and layers is None:
             raise ConfigError(
                 "layers_pattern was given without layers_to_transform; give both or none"
@@ -93,7 +96,7 @@ class AdapterConfig:
         if isinstance(self.target_modules, str) and layers is not None and not self.is_all_linear:
             raise ConfigError(
                 "layers_to_transform does not apply to a regular expression "
-                f"(target_modules={self.target_modules!r}); put the layer numbers into the expression"
+                f"(target_modules={shown(self.target_modules)}); put the layer numbers into the expression"
             )
 
     def replace(self, **changes: Any) -> Self:
@@ -113,6 +116,10 @@ class AdapterConfig:
     def saves_shared(self) -> bool:
         """Whether tensors that all targets share are written into checkpoints."""
         return True
+
+    def saving_shared(self) -> Self:
+        """The same configuration, with those tensors written."""
+        return self
 
     @property
     def trains_biases(self) -> str:
@@ -138,6 +145,16 @@ class AdapterConfig:
         )
 
 
+def _layers(layers: Any) -> tuple[int, ...] | int:
+    """An index, or several as a tuple."""
+    several = isinstance(layers, Sequence) and not isinstance(layers, str)
+    found: list[Any] = list(cast("Any", layers)) if several else [layers]
+    if not all(is_int(layer) and abs(layer) < MAX_LAYER for layer in found):
+        raise ConfigError(f"layers_to_transform must be integers, got {shown(layers)}")
+    indices = tuple(map(int, found))
+    return indices if several else indices[0]
+
+
 def _names(field: str, value: Any) -> Any:
     """Lists and sets of strings become tuples; strings and None stay."""
     if value is None or isinstance(value, str):
@@ -145,7 +162,7 @@ def _names(field: str, value: Any) -> Any:
     if not isinstance(value, Sequence | set | frozenset) or not all(
         isinstance(v, str) for v in value
     ):
-        raise ConfigError(f"{field} must be a string or a list of strings, got {value!r}")
+        raise ConfigError(f"{field} must be a string or a list of strings, got {shown(value)}")
     return tuple(sorted(value)) if isinstance(value, set | frozenset) else tuple(value)
 
 
@@ -155,10 +172,9 @@ def check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
     Raises:
         ConfigError: with the nearest of them.
     """
-    if value not in choices:
-        raise ConfigError(
-            f"{field} must be one of {listing(choices)}, got {value!r}{nearest(str(value), choices)}"
-        )
+    if not isinstance(value, str) or value not in choices:
+        hint = nearest(value, choices) if isinstance(value, str) else ""
+        raise ConfigError(f"{field} must be one of {listing(choices)}, got {shown(value)}{hint}")
 
 
 def check_flag(field: str, value: object) -> None:
@@ -168,7 +184,7 @@ def check_flag(field: str, value: object) -> None:
         ConfigError: with the value.
     """
     if not isinstance(value, bool):
-        raise ConfigError(f"{field} must be True or False, got {value!r}")
+        raise ConfigError(f"{field} must be True or False, got {shown(value)}")
 
 
 def check_share(field: str, value: Any) -> None:
@@ -178,17 +194,40 @@ def check_share(field: str, value: Any) -> None:
         ConfigError: with the value.
     """
     if not is_real(value) or not 0 <= value < 1:
-        raise ConfigError(f"{field} must be at least 0 and below 1, got {value!r}")
+        raise ConfigError(f"{field} must be at least 0 and below 1, got {shown(value)}")
 
 
 def check_finite(field: str, value: Any) -> None:
-    """Refuse what is no finite number.
+    """Refuse what is no finite number, or none that float32 holds.
 
     Raises:
         ConfigError: with the value.
     """
-    if not is_real(value) or not math.isfinite(value):
-        raise ConfigError(f"{field} must be a finite number, got {value!r}")
+    # Not math.isfinite: it fails for integers that no float holds.
+    if not is_real(value) or not -_MAX_FLOAT <= value <= _MAX_FLOAT:
+        raise ConfigError(f"{field} must be a finite number, got {shown(value)}")
+
+
+def check_int(field: str, value: Any, within: range, what: str) -> int:
+    """The value as Python's integer.
+
+    Args:
+        field: its name.
+        value: the value; numpy's integers are taken, booleans are not.
+        within: what it may be.
+        what: the same in words.
+
+    Raises:
+        ConfigError: with the value.
+    """
+    if not is_int(value) or int(value) not in within:
+        limit = ""
+        if is_int(value) and value > within[-1]:
+            limit = f" up to {within[-1]}"
+        elif is_int(value) and value < within[0] < 0:
+            limit = f" from {within[0]}"
+        raise ConfigError(f"{field} must be {what}{limit}, got {shown(value)}")
+    return int(value)
 
 
 def is_int(value: object) -> bool:

@@ -4,11 +4,21 @@ Every message says what was asked, what was found and what to do.
 """
 
 import difflib
+import itertools
 from collections.abc import Iterable
+
+_LONGEST = 8_000
+"""Characters of a message. What a file or a caller brings may be of any size."""
+
+_SHOWN = 200
+_COMPARED = 2_000
 
 
 class VeraFxError(Exception):
     """Base of all errors raised by vera_fx."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(_cut(a, _LONGEST) if isinstance(a, str) else a for a in args))
 
 
 class ConfigError(VeraFxError, ValueError):
@@ -43,20 +53,36 @@ class PartialCaptureWarning(UserWarning):
     """A model, or a part of it, runs in Python because it cannot be captured as one graph."""
 
 
+def shown(value: object, *, limit: int = _SHOWN) -> str:
+    """``repr(value)``, cut where it is long; never fails."""
+    try:
+        return _cut(repr(value), limit)
+    except Exception:  # integers of more digits than Python prints, and reprs of others' making
+        return f"<{type(value).__name__} that cannot be shown>"
+
+
+def _cut(text: str, limit: int) -> str:
+    if len(text) <= limit:
+        return text
+    end = limit // 4  # where messages say what to do
+    return f"{text[: limit - end]} ...({len(text) - limit} characters more)... {text[-end:]}"
+
+
 def nearest(word: str, known: Iterable[str], *, limit: int = 3) -> str:
     """``"; did you mean 'a', 'b'?"`` for the known words closest to ``word``, or nothing."""
-    matches = difflib.get_close_matches(word, list(known), n=limit, cutoff=0.5)
-    return f"; did you mean {', '.join(map(repr, matches))}?" if matches else ""
+    some = list(itertools.islice(known, _COMPARED))
+    matches = difflib.get_close_matches(word[:_SHOWN], some, n=limit, cutoff=0.5)
+    return f"; did you mean {', '.join(map(shown, matches))}?" if matches else ""
 
 
 def listing(names: Iterable[str], *, limit: int = 8) -> str:
     """The names as readable text, cut after ``limit``."""
-    names = [repr(name) for name in names]
+    names = list(names)
     rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + rest if names else "none"
+    return ", ".join(map(shown, names[:limit])) + rest if names else "none"
 
 
 def first_line(error: BaseException) -> str:
     """An error of another library in one line: its class and the first line of its message."""
     lines = str(error).strip().splitlines() or ["no message"]
-    return f"{type(error).__name__}: {lines[0].rstrip()}"
+    return f"{type(error).__name__}: {_cut(lines[0].rstrip(), 2 * _SHOWN)}"

@@ -11,7 +11,7 @@ from vera_fx.base.targets import with_default_targets
 from vera_fx.branches.kinds import kind_of
 from vera_fx.branches.protocol import BranchKind
 from vera_fx.config import AdapterConfig
-from vera_fx.errors import TargetError, listing, nearest
+from vera_fx.errors import TargetError, listing, nearest, shown
 from vera_fx.passes import Target
 from vera_fx.products.kinds import place_of
 
@@ -99,7 +99,7 @@ def _saved_modules(model: nn.Module, config: AdapterConfig) -> tuple[str, ...]:
         if not any(path.endswith(name) for path in modules):
             names = {path.rpartition(".")[2] for path in modules}
             raise TargetError(
-                f"modules_to_save names {name!r}, which is no module{nearest(name, names)}"
+                f"modules_to_save names {shown(name)}, which is no module{nearest(name, names)}"
             )
     found: list[str] = []
     for path in modules:

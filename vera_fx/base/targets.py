@@ -1,7 +1,6 @@
 """Chooses the targets: which linear modules a configuration adapts, by PEFT's rules."""
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -10,9 +9,13 @@ from vera_fx.base.default_targets import DEFAULT_TARGETS
 from vera_fx.base.hf import is_pretrained
 from vera_fx.base.modules import base_modules, module_paths, tensor_paths
 from vera_fx.config import AdapterConfig
-from vera_fx.errors import TargetError, listing, nearest
+from vera_fx.errors import TargetError, listing, nearest, shown
+from vera_fx.expressions import FileText, Match, compiled, full_match
 from vera_fx.passes import Target
 from vera_fx.products.kinds import KINDS, known_kind
+
+_HINTS = 8
+"""Entries that a message explains."""
 
 
 def resolve_targets(
@@ -37,8 +40,10 @@ def resolve_targets(
     if config.is_all_linear:
         matches = _all_linear(model, config)
     else:
-        matches = [path for path in modules if _matches(path, wanted, config)]
-    kept = [path for path in matches if not _is_excluded(path, config)]
+        match = _matcher(wanted, config)
+        matches = [path for path in modules if match(path)]
+    is_excluded = _exclusion(config)
+    kept = [path for path in matches if not is_excluded(path)]
     if not kept:
         raise TargetError(_explain_nothing(modules, wanted, config, matches))
     if strict:
@@ -97,51 +102,70 @@ def _default(model: nn.Module) -> tuple[str, ...] | str:
     )
 
 
-def _matches(path: str, wanted: Iterable[str] | str, config: AdapterConfig) -> bool:
+def _matcher(wanted: Iterable[str] | str, config: AdapterConfig) -> Match:
+    """Whether a path is that of a target."""
     if isinstance(wanted, str):
-        return _full_match(wanted, path)
-    if path in wanted:  # a full name also overrides layers_to_transform, as in PEFT
-        return True
-    return any(path.endswith(f".{name}") for name in wanted) and _is_wanted_layer(path, config)
+        return full_match(wanted)
+    names, is_wanted_layer = frozenset(wanted), _layer_matcher(config)
+    # A full name also overrides layers_to_transform, as in PEFT.
+    return lambda path: (
+        path in names or (not names.isdisjoint(_ends(path)) and is_wanted_layer(path))
+    )
 
 
-def _full_match(pattern: str, path: str) -> bool:
-    return _compiled(pattern).fullmatch(path) is not None
+def _ends(path: str) -> Iterator[str]:
+    """``"b.c"`` and ``"c"`` for ``"a.b.c"``: as many as the path has dots, however many names there are."""
+    dot = path.find(".")
+    while dot >= 0:
+        yield path[dot + 1 :]
+        dot = path.find(".", dot + 1)
 
 
-def _compiled(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise TargetError(f"{pattern!r} is not a regular expression ({error})") from error
-
-
-def _is_wanted_layer(path: str, config: AdapterConfig) -> bool:
+def _layer_matcher(config: AdapterConfig) -> Match:
     layers = config.layers_to_transform
     if layers is None or layers == ():
-        return True
-    index = _layer_index(path, config)
-    return index is not None and index in ((layers,) if isinstance(layers, int) else layers)
+        return lambda _: True
+    wanted = frozenset((layers,) if isinstance(layers, int) else layers)
+    index_of = _layer_index(config)
+    return lambda path: index_of(path) in wanted
 
 
-def _layer_index(path: str, config: AdapterConfig) -> int | None:
-    """The first numbered segment of ``path``, or the one below ``layers_pattern``."""
+def _layer_index(config: AdapterConfig) -> Callable[[str], int | None]:
+    """The first numbered segment of a path, or the one below ``layers_pattern``."""
     patterns = config.layers_pattern or ()
     patterns = (patterns,) if isinstance(patterns, str) else patterns
-    expressions = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns]
-    for expression in expressions or [r".*?\.[^.]*\.(\d+)\."]:
-        if (match := _compiled(expression).match(path)) is not None:
-            return int(match[1])
-    return None
+    finders = [_index_below(pattern) for pattern in patterns] or [_index_below(r"[^.]*", r".*?\.")]
+
+    def index_of(path: str) -> int | None:
+        found = (index for find in finders if (index := find(path)) is not None)
+        return next(found, None)
+
+    return index_of
+
+
+def _index_below(pattern: str, before: str = r"(?:^|.*?\.)") -> Callable[[str], int | None]:
+    if not isinstance(pattern, FileText):
+        expression = compiled(rf"{before}{pattern}\.(\d+)\.")
+        return lambda path: int(match[1]) if (match := expression.match(path)) else None
+    is_above = full_match(FileText(f"{before}{pattern}"))
+
+    def find(path: str) -> int | None:
+        segments = path.split(".")
+        numbered = (n for n, s in enumerate(segments[:-1]) if n and s.isdecimal())
+        found = (int(segments[n]) for n in numbered if is_above(".".join(segments[:n])))
+        return next(found, None)
+
+    return find
 
 
 def _all_linear(model: nn.Module, config: AdapterConfig) -> list[str]:
     """Every linear module of the wanted layers but the head that transformers' models end in."""
     head = _head(model, config) if is_pretrained(model) else None
+    is_wanted_layer = _layer_matcher(config)
     return [
         path
         for path, module in base_modules(model).items()
-        if known_kind(module) is not None and module is not head and _is_wanted_layer(path, config)
+        if known_kind(module) is not None and module is not head and is_wanted_layer(path)
     ]
 
 
@@ -153,14 +177,16 @@ def _head(model: Any, config: AdapterConfig) -> nn.Module | None:
     return head
 
 
-def _is_excluded(path: str, config: AdapterConfig) -> bool:
+def _exclusion(config: AdapterConfig) -> Match:
+    """Whether a path is left out: by ``exclude_modules``, or as part of a module trained in full."""
     exclude = config.exclude_modules or ()
     if isinstance(exclude, str):
-        excluded = _full_match(exclude, path)
+        is_named = full_match(exclude)
     else:
-        excluded = any(path == name or path.endswith(f".{name}") for name in exclude)
-    saved = (rf"(^|.*\.){name}($|\..*)" for name in config.saved_modules)
-    return excluded or any(_full_match(pattern, path) for pattern in saved)
+        names = frozenset(exclude)
+        is_named = lambda path: path in names or not names.isdisjoint(_ends(path))  # noqa: E731
+    saved = [f".{name}." for name in config.saved_modules]
+    return lambda path: is_named(path) or any(name in f".{path}." for name in saved)
 
 
 def _explain_nothing(
@@ -171,17 +197,18 @@ def _explain_nothing(
 ) -> str:
     if matches:
         return (
-            f"all {len(matches)} modules that target_modules={wanted!r} matches are excluded by "
-            f"exclude_modules={config.exclude_modules!r} or modules_to_save={config.saved_modules!r}"
+            f"all {len(matches)} modules that target_modules={shown(wanted)} matches are excluded by "
+            f"exclude_modules={shown(config.exclude_modules)} or "
+            f"modules_to_save={shown(config.saved_modules)}"
         )
-    text = f"no module of this model matches target_modules={wanted!r}"
+    text = f"no module of this model matches target_modules={shown(wanted)}"
     if config.layers_to_transform is not None:
         text += (
-            f" with layers_to_transform={config.layers_to_transform!r} and "
-            f"layers_pattern={config.layers_pattern!r}"
+            f" with layers_to_transform={shown(config.layers_to_transform)} and "
+            f"layers_pattern={shown(config.layers_pattern)}"
         )
     entries = [wanted] if isinstance(wanted, str) else list(wanted)
-    return "\n".join([text, *(_hint(entry, modules) for entry in entries)])
+    return "\n".join([text, *(_hint(entry, modules) for entry in entries[:_HINTS])])
 
 
 def _hint(entry: str, modules: Mapping[str, nn.Module]) -> str:
@@ -191,20 +218,17 @@ def _hint(entry: str, modules: Mapping[str, nn.Module]) -> str:
         if known_kind(module) is not None
     }
     hint = nearest(entry.rpartition(".")[2], linears)
-    return (
-        f"  {entry!r} matches nothing{hint or f'; linear modules here: {listing(sorted(linears))}'}"
-    )
+    return f"  {shown(entry)} matches nothing{hint or f'; linear modules here: {listing(sorted(linears))}'}"
 
 
 def _check_every_entry(modules: Mapping[str, nn.Module], wanted: Iterable[str] | str) -> None:
     if isinstance(wanted, str):
         return
-    lost = [
-        name for name in wanted if not any(p == name or p.endswith(f".{name}") for p in modules)
-    ]
+    known = {end for path in modules for end in (path, *_ends(path))}
+    lost = [name for name in wanted if name not in known]
     if lost:
         text = f"target_modules {listing(lost)} match nothing in this model"
-        raise TargetError("\n".join([text, *(_hint(name, modules) for name in lost)]))
+        raise TargetError("\n".join([text, *(_hint(name, modules) for name in lost[:_HINTS])]))
 
 
 def _known() -> str:

@@ -77,6 +77,15 @@ def _prefix(path: str, adapter: Adapter) -> str:
     return f"{KEY_PREFIX}{plain(path)}.{'base_layer.' if path in adapter.vectors.by_path else ''}"
 
 
+def embedding_keys(model: nn.Module, adapter: Adapter) -> set[str]:
+    """The keys under which a file may bring embeddings for the model."""
+    return {
+        f"{_prefix(path, adapter)}{name}"
+        for path, module in embeddings_of(model)
+        for name in module._parameters
+    }
+
+
 def take_embeddings(
     model: nn.Module, adapter: Adapter, state: dict[str, Tensor], known: Mapping[str, object]
 ) -> Iterator[tuple[str, nn.Module]]:

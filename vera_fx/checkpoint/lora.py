@@ -6,21 +6,23 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vera_fx.bank.adapter import Adapter
 from vera_fx.bank.bank import AdapterBank
 from vera_fx.bank.names import one_adapter
 from vera_fx.base.hf import base_model_name
 from vera_fx.branches.protocol import LoraForm
-from vera_fx.checkpoint.lora_rank import check_rank, reduced
 from vera_fx.checkpoint.peft_config import CONFIG_FILE, PEFT_VERSION, auto_mapping, exact_targets
+from vera_fx.checkpoint.saved import path_of
+from vera_fx.checkpoint.saving import replacing
 from vera_fx.checkpoint.state_dict import owned_tensors
-from vera_fx.checkpoint.weights_file import KEY_PREFIX, WEIGHTS_FILE
-from vera_fx.errors import CheckpointError
-from vera_fx.files import moved_into
+from vera_fx.checkpoint.weights_file import KEY_PREFIX
+from vera_fx.errors import CheckpointError, ConfigError, shown
 from vera_fx.graphs.runtime import require_adapted
 from vera_fx.products.kinds import is_flipped
 
@@ -59,19 +61,20 @@ def to_lora(
     chosen = bank.adapter(name)
     errors = {} if rank is None else {ERRORS: json.dumps(lora_errors(model, rank, name))}
     tensors = {key: value.detach().cpu().contiguous() for key, value in _lora(bank, chosen, rank)}
+    return _write(path_of(directory), name, tensors, _config(model, chosen, rank), errors)
+
+
+def _write(
+    folder: Path, name: str, tensors: dict[str, Tensor], config: str, more: Mapping[str, str]
+) -> Path:
     try:
-        _write(Path(directory), tensors, errors, _config(model, chosen, rank))
-    except (OSError, SafetensorError) as error:
+        with replacing(folder, tensors, {CONFIG_FILE: config}, more) as (path, metadata):
+            save_file(tensors, path, metadata=metadata)
+    except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(
-            f"adapter {name!r} could not be written to {directory} as LoRA: {error}"
+            f"adapter {name!r} could not be written to {folder} as LoRA: {error}"
         ) from error
-    return Path(directory)
-
-
-def _write(folder: Path, tensors: dict[str, Tensor], more: Mapping[str, str], config: str) -> None:
-    with moved_into(folder) as aside:
-        save_file(tensors, aside / WEIGHTS_FILE, metadata={"format": "pt", **more})
-        (aside / CONFIG_FILE).write_text(config, encoding="utf-8")
+    return folder
 
 
 def lora_errors(model: nn.Module, rank: int, adapter: str | None = None) -> dict[str, float]:
@@ -143,3 +146,45 @@ def _config(model: nn.Module, adapter: Adapter, rank: int | None) -> str:
         **adapter.kind.maths.lora_fields,
     }
     return json.dumps(values, indent=2, sort_keys=True) + "\n"
+
+
+def check_rank(rank: int, r: int) -> None:
+    """Refuse a rank that is none, or not below that of the adapter.
+
+    Raises:
+        ConfigError: with the range.
+    """
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= r:
+        raise ConfigError(
+            f"rank must be a whole number from 1 to the adapter's {r}, got {shown(rank)}; "
+            "None keeps the rank, and is exact"
+        )
+
+
+def reduced(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """The best approximation of ``B A`` by matrices of ``rank`` (Eckart and Young).
+
+    Args:
+        A: ``(r, in)``.
+        B: ``(out, r)``.
+        rank: the new rank, at most r.
+
+    Returns:
+        ``A (rank, in)``, ``B (out, rank)``, and the norm of what is lost over the norm of ``B A``
+        (Frobenius).
+    """
+    # The product itself is never formed: its singular values are those of two small triangles.
+    Q_in, R_in = torch.linalg.qr(A.double().T)
+    Q_out, R_out = torch.linalg.qr(B.double())
+    U, S, Vt = torch.linalg.svd(R_out @ R_in.T, full_matrices=False)
+    root, kept = S[:rank].sqrt(), min(rank, S.numel())
+    new_A = root[:, None] * (Vt[:kept] @ Q_in.T)
+    new_B = (Q_out @ U[:, :kept]) * root
+    missing = rank - kept  # a target narrower than the rank: the rest is zero
+    total = S.norm().item()
+    error = S[rank:].norm().item() / total if total else 0.0
+    return (
+        F.pad(new_A, (0, 0, 0, missing)).to(A.dtype),
+        F.pad(new_B, (0, missing)).to(B.dtype),
+        error,
+    )

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -12,16 +11,6 @@ from vera_fx.base.hf import base_model_name, is_pretrained
 from vera_fx.checkpoint.peft_config import PEFT_VERSION
 
 CARD_FILE = "README.md"
-
-
-def write_card(folder: Path, into: Path, model: nn.Module, adapter: Adapter) -> None:
-    """Write a card for ``folder`` into the folder ``into``; a card that is there already stays.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    if not (folder / CARD_FILE).exists():
-        (into / CARD_FILE).write_text(card(model, adapter), encoding="utf-8")
 
 
 def card(model: nn.Module, adapter: Adapter) -> str:

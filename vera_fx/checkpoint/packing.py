@@ -14,13 +14,16 @@ from vera_fx.bank.blueprint import Blueprint
 from vera_fx.bank.build import build_adapter, draw
 from vera_fx.bank.packed import Group, Packed
 from vera_fx.bank.projections import Projections
-from vera_fx.checkpoint.peft_config import CONFIG_FILE, read_json
-from vera_fx.checkpoint.state_dict import owned_tensors, plan_of, projections_hash
+from vera_fx.checkpoint.peft_config import CONFIG_FILE
+from vera_fx.checkpoint.saved import open_saved
+from vera_fx.checkpoint.state_dict import owned_tensors, plan_of
 from vera_fx.checkpoint.weights_file import (
     HASH,
-    WEIGHTS_FILE,
+    check_finite,
+    check_shared,
     check_state,
-    read_weights,
+    is_stray,
+    projections_hash,
     shared_keys,
     take_shared,
 )
@@ -37,13 +40,13 @@ class Form:
 
     Attributes:
         layout: their targets.
-        shapes: the sizes of every tensor under its key in files.
+        tensors: every tensor, without values, under its key in files.
         vectors: for each target's path, the key of each of its vectors by name.
         copies: path of every tensor of the base that is replaced -> its key.
     """
 
     layout: Blueprint
-    shapes: Mapping[str, torch.Size]
+    tensors: Mapping[str, Tensor]
     vectors: Mapping[str, Mapping[str, str]]
     copies: Mapping[str, str]
 
@@ -64,12 +67,15 @@ class Packer:
             CheckpointError: files that are missing, damaged, of other sizes or not finite; other
                 projections, targets or trained copies than those of the bank's own adapters.
         """
-        config = read_json(folder)
-        form = self._form(config, folder)
-        state, metadata = read_weights(folder)
-        known = shared_keys(form.layout.kind).values()
-        check_state(form.shapes, state, source=str(folder / WEIGHTS_FILE), shared=known)
-        _check_values(form, state, folder)
+        with open_saved(folder) as saved:
+            config, metadata, source = saved.config, saved.weights.metadata, str(saved.weights.path)
+            form = self._form(config, folder)
+            known = set(shared_keys(form.layout.kind).values())
+            check_state(form.tensors, saved.weights.entries, source=source, others=known)
+            state = saved.weights.read()
+            check_shared(form.layout.kind, state, metadata, source)
+        saved.warn_of_changes(stacklevel=2)
+        check_finite({k: v for k, v in state.items() if not is_stray(k)}, source, remedy="")
         key = self._projections(form, state, metadata, folder)
         mixer = mixer_of(self._model)
         group = mixer.groups[key]
@@ -107,7 +113,7 @@ class Packer:
         copies = {
             path: keys[id(tensor)] for path, tensor in adapter.copied.items() if id(tensor) in keys
         }
-        return Form(layout, {key: t.shape for key, t in named.items()}, vectors, copies)
+        return Form(layout, {k: t.to("meta") for k, t in named.items()}, vectors, copies)
 
     def _projections(
         self, form: Form, state: Mapping[str, Tensor], metadata: Mapping[str, str], folder: Path
@@ -132,20 +138,14 @@ class Packer:
         state: Mapping[str, Tensor],
         metadata: Mapping[str, str],
     ) -> bool:
-        stored = take_shared(form.layout.kind, state)
+        stored = take_shared(form.layout.kind, state, "the file")
         if stored is not None:
-            return known.equals(stored)
+            # A file may hold more of them than the adapter's targets use.
+            sizes = {name: tensor.shape for name, tensor in known.tensors.items()}
+            return known.equals({n: t[tuple(map(slice, sizes[n]))] for n, t in stored.items()})
         if HASH in metadata:
             return metadata[HASH] == self._hash(known)
         return known.equals(draw(form.layout))
-
-
-def _check_values(form: Form, state: Mapping[str, Tensor], folder: Path) -> None:
-    for key in form.shapes:
-        if not state[key].is_floating_point() or not state[key].isfinite().all():
-            raise CheckpointError(
-                f"{folder / WEIGHTS_FILE}: {key} holds values that are no finite numbers"
-            )
 
 
 def _check_places(form: Form, group: Group, copies: Container[str], folder: Path) -> None:

@@ -5,7 +5,6 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
-from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
@@ -14,8 +13,10 @@ from vera_fx.bank.adapter import Adapter
 from vera_fx.base.hf import base_model_name
 from vera_fx.base.modules import base_modules
 from vera_fx.branches.kinds import kind_called, known_types
+from vera_fx.checkpoint.safetensors_file import unique
 from vera_fx.config import AdapterConfig
-from vera_fx.errors import CheckpointError, ConfigError, listing, nearest
+from vera_fx.errors import CheckpointError, ConfigError, nearest, shown
+from vera_fx.expressions import FileText
 from vera_fx.products.kinds import is_flipped
 
 CONFIG_FILE = "adapter_config.json"
@@ -33,12 +34,28 @@ _PEFTS = frozenset(
         "peft_version",
     }
 )
-_MAX_BYTES = 1 << 20
+MAX_BYTES = 16 << 20
+"""Of a configuration; one that lists every expert of a large model has some megabytes."""
+
+_EXPRESSIONS = ("target_modules", "layers_pattern", "exclude_modules")
+_MOST = {
+    "target_modules": 200_000,
+    "layers_to_transform": 100_000,
+    "modules_to_save": 256,
+    "layers_pattern": 64,
+}
+_MAX_NAME = 4_000
+_HINTS = 8
 
 
-def to_json(model: nn.Module, adapter: Adapter) -> str:
-    """The text of an adapter's ``adapter_config.json``."""
-    config = adapter.config
+def to_json(model: nn.Module, adapter: Adapter, config: AdapterConfig) -> str:
+    """The text of an adapter's ``adapter_config.json``.
+
+    Args:
+        model: the adapted model.
+        adapter: the adapter.
+        config: its configuration, as it is to be written.
+    """
     values: dict[str, Any] = {n: _plain(getattr(config, n)) for n in _fields(type(config))}
     values["modules_to_save"] = list(config.saved_modules) or None
     # PEFT flips the flag at every target of the other kind; what it writes is that of the last one.
@@ -81,59 +98,79 @@ def auto_mapping(model: nn.Module, config: AdapterConfig) -> dict[str, str] | No
     return {"base_model_class": kind.__name__, "parent_library": kind.__module__}
 
 
-def read_json(directory: Path) -> AdapterConfig:
-    """Read ``adapter_config.json``.
+def config_of(values: Mapping[str, Any], where: str) -> AdapterConfig:
+    """The configuration that a file describes.
+
+    Args:
+        values: the object in it.
+        where: which file, for messages.
 
     Raises:
-        CheckpointError: the file is missing, damaged, not VeRA's, or has keys or values that
-            mean nothing here.
+        CheckpointError: it is of no known kind, or has keys or values that mean nothing here.
     """
-    path = directory / CONFIG_FILE
-    values = _parse(path)
     kind = kind_called(values.get("peft_type"))
     if kind is None:
         raise CheckpointError(
-            f"{path} is for peft_type={values.get('peft_type')!r}; vera_fx loads {known_types()} "
-            "adapters only"
+            f"{where} is for peft_type={shown(values.get('peft_type'))}; vera_fx loads "
+            f"{known_types()} adapters only"
         )
     names = _fields(kind.config)
-    _check_keys(path, values, names)
-    given = {name: values[name] for name in names if name in values}
+    _check_keys(where, values, names)
+    for name, most in _MOST.items():
+        _check_list(where, name, values.get(name), most)
+    given = {name: _from_file(name, values[name]) for name in names if name in values}
     try:
         return kind.config(**given)
     except ConfigError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+        raise CheckpointError(f"{where}: {error}") from error
 
 
-def read_origin(directory: Path) -> dict[str, str]:
-    """What ``adapter_config.json`` says of the base model: its name and revision, if it does.
-
-    Raises:
-        CheckpointError: the file is missing or damaged.
-    """
-    values = _parse(directory / CONFIG_FILE)
+def origin_of(values: Mapping[str, Any]) -> dict[str, str]:
+    """What a file says of the base model: its name and revision, if it does."""
     return {key: text for key in (_BASE, _REVISION) if isinstance(text := values.get(key), str)}
 
 
-def _parse(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
-        there = (
-            listing(sorted(p.name for p in path.parent.iterdir()))
-            if path.parent.is_dir()
-            else "no folder"
-        )
-        raise CheckpointError(f"there is no {path.name} in {path.parent} (found: {there})")
-    if path.stat().st_size > _MAX_BYTES:
+def differences(values: Mapping[str, Any], others: Mapping[str, Any]) -> list[str]:
+    """The fields of the configuration that two files do not agree on; what they say of the base is none."""
+    known = {*values, *others} - _PEFTS
+    return sorted(name for name in known if values.get(name) != others.get(name))
+
+
+def _check_list(where: str, name: str, value: Any, most: int) -> None:
+    if not isinstance(value, list):
+        return
+    wrong = [v for v in value if v == "" or (isinstance(v, str) and len(v) > _MAX_NAME)]
+    if len(value) > most or wrong:
+        reason = f"the entry {shown(wrong[0])}" if wrong else f"{len(value):,} entries"
         raise CheckpointError(
-            f"{path} is larger than {_MAX_BYTES} bytes, so it is no adapter configuration"
+            f"{where}: {name} has {reason}; a file may have {most:,} there, of 1 to {_MAX_NAME:,} "
+            "characters"
         )
+
+
+def _from_file(name: str, value: Any) -> Any:
+    """Expressions are marked as a file's, which Python's matcher shall not see."""
+    if name not in _EXPRESSIONS:
+        return value
+    if isinstance(value, list):
+        return [FileText(v) if isinstance(v, str) else v for v in value]
+    return FileText(value) if isinstance(value, str) else value
+
+
+def parse_config(text: bytes | str, where: str) -> Mapping[str, Any]:
+    """The object in the text of an ``adapter_config.json``.
+
+    Raises:
+        CheckpointError: the text is no JSON, or no object.
+    """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        text = text.decode("utf-8") if isinstance(text, bytes) else text
+        values = json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+        raise CheckpointError(f"{where} is not valid JSON: {error}") from error
     if not isinstance(values, dict):
         raise CheckpointError(
-            f"{path} holds a {type(values).__name__} where an object was expected"
+            f"{where} holds a {type(values).__name__} where an object was expected"
         )
     return values
 
@@ -144,20 +181,21 @@ def _fields(config: type[AdapterConfig]) -> frozenset[str]:
     return frozenset(names) - {"exclude_modules", "plan"}
 
 
-def _check_keys(path: Path, values: Mapping[str, Any], names: frozenset[str]) -> None:
+def _check_keys(where: str, values: Mapping[str, Any], names: frozenset[str]) -> None:
     known = names | _PEFTS
     unknown = sorted(set(values) - known)
     if not unknown:
         return
-    hints = "".join(f"\n  {name!r}{nearest(name, known) or ' is unknown'}" for name in unknown)
+    some = unknown[:_HINTS]
+    hints = "".join(f"\n  {shown(name)}{nearest(name, known) or ' is unknown'}" for name in some)
     if _is_newer(str(values.get("peft_version") or "")):
-        warnings.warn(f"{path} was written by a newer PEFT; ignoring keys:{hints}", stacklevel=4)
+        warnings.warn(f"{where} was written by a newer PEFT; ignoring keys:{hints}", stacklevel=5)
         return
-    raise CheckpointError(f"{path} has keys that VeRA configurations do not have:{hints}")
+    raise CheckpointError(f"{where} has keys that VeRA configurations do not have:{hints}")
 
 
 def _is_newer(version: str) -> bool:
     def parts(text: str) -> list[int]:
-        return [int(part) for part in text.split(".")[:3] if part.isdecimal()]
+        return [int(part[:9]) for part in text.split(".")[:3] if part.isdecimal()]
 
-    return parts(version) > parts(PEFT_VERSION)
+    return parts(version[:99]) > parts(PEFT_VERSION)

@@ -1,6 +1,5 @@
 """An adapter as a state dictionary under PEFT's keys, and adapters made of one."""
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -12,18 +11,22 @@ from vera_fx.bank.blueprint import Blueprint, blueprint
 from vera_fx.bank.names import check_known
 from vera_fx.base.targets import resolve_targets
 from vera_fx.branches.protocol import BranchKind
+from vera_fx.checkpoint.safetensors_file import unique
 from vera_fx.checkpoint.weights_file import (
     HASH,
     KEY_PREFIX,
+    check_finite,
+    check_shared,
     check_state,
     is_stray,
     plain,
-    read_weights,
+    projections_hash,
     shared_keys,
     take_shared,
+    weights_in,
 )
 from vera_fx.config import AdapterConfig
-from vera_fx.errors import AdapterError, CheckpointError, TargetError
+from vera_fx.errors import AdapterError, CheckpointError, TargetError, first_line, shown
 from vera_fx.graphs.runtime import require_adapted
 
 
@@ -64,13 +67,24 @@ def _owners(adapter: Adapter) -> Iterator[tuple[str, nn.Module]]:
 
 
 def load_adapter_state_dict(
-    model: nn.Module, state: Mapping[str, Tensor], name: str = "default"
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    name: str = "default",
+    *,
+    allow_nonfinite: bool = False,
 ) -> None:
     """Load tensors under PEFT's keys into an adapter that exists; projections must agree.
 
+    Args:
+        model: an adapted model.
+        state: the tensors.
+        name: the adapter.
+        allow_nonfinite: also load values that are NaN or infinite.
+
     Raises:
         AdapterError: the model is not adapted, there is no such adapter, or it is merged.
-        CheckpointError: a tensor is missing, unknown or of another shape. Nothing is changed then.
+        CheckpointError: a tensor is missing, unknown, of another shape or kind of dtype, without
+            values or not finite. Nothing is changed then.
     """
     bank = require_adapted(model)
     check_known(name, bank.adapters)
@@ -79,22 +93,48 @@ def load_adapter_state_dict(
             f"adapter {name!r} is merged into the base, which would not follow; unmerge the model before "
             "loading into it"
         )
-    adapter = bank.adapter(name)
-    pair = bank.projections_of(adapter)
-    state = {plain(key): tensor for key, tensor in state.items()}
-    given = take_shared(adapter.kind, state)
+    adapter, source = bank.adapter(name), f"the state given for adapter {name!r}"
+    pair, expected = bank.projections_of(adapter), dict(owned_tensors(adapter))
+    state = _plain_state(state, source)
+    given = take_shared(adapter.kind, state, source)
     if given is not None and not pair.equals(given):
         raise CheckpointError(
             f"the projections given for adapter {name!r} differ from those it was made with; "
             "load the files under another name with load_adapter"
         )
-    expected = dict(owned_tensors(adapter))
-    shapes = {key: tensor.shape for key, tensor in expected.items()}
-    known = shared_keys(adapter.kind).values()
-    check_state(shapes, state, source=f"the state given for adapter {name!r}", shared=known)
+    check_state(expected, state, source=source, others=shared_keys(adapter.kind).values())
+    # Whatever can fail does so before the first tensor is written to.
+    values = {key: _ready(key, state[key], tensor, source) for key, tensor in expected.items()}
+    if not allow_nonfinite:
+        check_finite(values, source)
     with torch.no_grad():
         for key, tensor in expected.items():
-            tensor.copy_(state[key])
+            tensor.copy_(values[key])
+
+
+def _plain_state(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"{source} must be a mapping, got a {type(state).__name__}")
+    wrong = [k for k, v in state.items() if not isinstance(k, str) or not isinstance(v, Tensor)]
+    if wrong:
+        raise CheckpointError(f"{source}: {shown(wrong[0])} is no key with a tensor")
+    try:
+        return unique((plain(key), tensor) for key, tensor in state.items())
+    except ValueError as error:
+        raise CheckpointError(
+            f"{source}: {error}, as a key of a compiled model and without"
+        ) from error
+
+
+def _ready(key: str, value: Tensor, like: Tensor, source: str) -> Tensor:
+    """The value where and as it is needed."""
+    try:
+        found = value.detach().to(device=like.device, dtype=like.dtype)
+    except (RuntimeError, NotImplementedError) as error:
+        raise CheckpointError(f"{source}: {key} cannot be used: {first_line(error)}") from error
+    if found.is_meta and not like.is_meta:
+        raise CheckpointError(f"{source}: {key} is on the meta device, without values")
+    return found
 
 
 def assign(adapter: Adapter, state: Mapping[str, Tensor], device: torch.device) -> None:
@@ -122,22 +162,20 @@ def plan_of(model: nn.Module, config: AdapterConfig, folder: Path, *, autocast: 
         ) from error
 
 
-def projections_hash(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over the values of the projections in float32, in their kind's order."""
-    digest = hashlib.sha256()
-    for tensor in tensors.values():
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def read_adapter(folder: Path, kind: BranchKind) -> tuple[dict[str, Tensor], str | None]:
     """An adapter's own tensors by their keys, and the hash of its projections if the files tell.
 
     Raises:
-        CheckpointError: the files are missing or damaged.
+        CheckpointError: the files are missing or damaged, or hold what is no finite float.
     """
-    state, metadata = read_weights(folder)
-    shared, keys = take_shared(kind, state), set(shared_keys(kind).values())
-    known = None if shared is None else projections_hash(shared)
-    own = {k: value for k, value in state.items() if k not in keys and not is_stray(k)}
-    return own, metadata.get(HASH) or known
+    with weights_in(folder) as weights:
+        source, state = str(weights.path), weights.read()
+    check_shared(kind, state, weights.metadata, source)
+    shared, known = take_shared(kind, state, source), weights.metadata.get(HASH)
+    if shared is not None:
+        known = projections_hash(shared)
+    own = {
+        k: v for k, v in state.items() if k not in shared_keys(kind).values() and not is_stray(k)
+    }
+    check_finite(own, source, remedy="")
+    return own, known

@@ -2,8 +2,6 @@
 
 import contextlib
 import os
-import shutil
-import tempfile
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,10 +14,17 @@ from torch import nn
 from vera_fx.bank.names import check_name
 from vera_fx.bank.packed import Packed
 from vera_fx.checkpoint.packing import Packer
-from vera_fx.checkpoint.peft_config import CONFIG_FILE
-from vera_fx.checkpoint.weights_file import WEIGHTS_FILE
-from vera_fx.errors import AdapterError, CheckpointError, VeraFxError, first_line, listing, nearest
-from vera_fx.files import copy_synced
+from vera_fx.checkpoint.saved import copy_saved, is_saved, path_of
+from vera_fx.errors import (
+    AdapterError,
+    CheckpointError,
+    VeraFxError,
+    first_line,
+    listing,
+    nearest,
+    shown,
+)
+from vera_fx.files import aside, flush_folder, make_folder, put_away, remove, sweep
 from vera_fx.graphs.runtime import require_adapted
 from vera_fx.mixing.check import STORE
 
@@ -53,17 +58,16 @@ class AdapterStore:
     """Serves ``adapter_names`` from a folder with one saved adapter per sub-folder.
 
     ``model(..., adapter_names=[...])`` and ``generate`` find every name that is no adapter of the
-    bank here. An adapter is read from disk (memory-mapped safetensors) when it is first named and
-    stays in memory until `capacity` others have been used since. It is plain data: neither loading
-    nor dropping it changes the model, the bank or a graph, so nothing is captured or compiled again.
+    bank here. An adapter is read from disk when it is first named and stays in memory until `capacity`
+    others have been used since. It is plain data: neither loading nor dropping it changes the model,
+    the bank or a graph, so nothing is captured or compiled again.
 
     The bank's own adapters say what a stored one may be: its projections, targets and trained
     copies must be among theirs. One adapter of each kind, loaded by `vera_fx.load_adapter`, is enough.
 
     Every method may be called from any thread while the model serves. One lock guards the table of
     what is in memory and is never held while a file is read; a running batch keeps the tensors that
-    it took, whatever happens to the store. Functions that change the bank itself (`add_adapter`,
-    `set_adapter`, `merge`...) are not covered and must not run beside a call of the model.
+    it took, whatever happens to the store. Functions that change the bank (`merge`...) are not covered.
     """
 
     def __init__(
@@ -78,12 +82,17 @@ class AdapterStore:
 
         Raises:
             AdapterError: the model is not adapted, or the capacity is no positive number.
+            CheckpointError: the folder cannot be made.
         """
         self._bank = require_adapted(model)
         if not isinstance(capacity, int) or isinstance(capacity, bool) or capacity < 1:
-            raise AdapterError(f"capacity must be a positive whole number, got {capacity!r}")
-        self.folder, self.capacity = Path(folder), capacity
-        self.folder.mkdir(parents=True, exist_ok=True)
+            raise AdapterError(f"capacity must be a positive whole number, got {shown(capacity)}")
+        self.folder, self.capacity = path_of(folder), capacity
+        try:
+            make_folder(self.folder)
+        except OSError as error:
+            raise CheckpointError(f"{self.folder} cannot be a store's folder: {error}") from error
+        sweep(self.folder)
         self.counts = StoreCounts()
         self._packer = Packer(model)
         self._lock = threading.Lock()
@@ -106,14 +115,15 @@ class AdapterStore:
         if name in self._loaded:
             return True
         try:
-            return (self._path(name) / CONFIG_FILE).is_file()
+            return is_saved(self._path(name))
         except AdapterError:
             return False
 
     def names(self) -> list[str]:
         """The names of all adapters in the folder, sorted."""
-        with os.scandir(self.folder) as entries:
+        with contextlib.suppress(OSError), os.scandir(self.folder) as entries:
             return sorted(e.name for e in entries if not e.name.startswith(".") and e.is_dir())
+        return []
 
     def loaded(self) -> list[str]:
         """The names of those in memory, the one that will be dropped first in front."""
@@ -182,20 +192,15 @@ class AdapterStore:
         """
         self._check_free(name)
         try:
-            aside = Path(tempfile.mkdtemp(prefix=".adding-", dir=self.folder))
-        except OSError as error:
-            raise CheckpointError(f"{self.folder} cannot be written to: {error}") from error
-        try:
-            for file in (CONFIG_FILE, WEIGHTS_FILE):
-                copy_synced(Path(source) / file, aside / file)
-            self._read(name, aside)
-            with self._lock:
-                self._check_free(name)
-                aside.rename(self.folder / name)
+            with aside(self.folder, "adding") as temporary:
+                copy_saved(path_of(source), temporary)
+                self._read(name, temporary)
+                with self._lock:
+                    self._check_free(name)
+                    temporary.rename(self.folder / name)
+                flush_folder(self.folder)
         except OSError as error:
             raise CheckpointError(f"adapter {name!r} could not be added: {error}") from error
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
 
     def delete(self, name: str) -> None:
         """Delete an adapter from memory and disk. Batches that run with it end well.
@@ -204,22 +209,20 @@ class AdapterStore:
             AdapterError: there is no such adapter, or its files cannot be deleted.
         """
         path = self._path(name)
-        aside = self.folder / f".deleted-{os.getpid()}-{id(object())}-{name}"
         with self._lock:
-            if not path.is_dir():
-                raise self._unknown(name)
             try:
-                path.rename(aside)
+                gone = put_away(path)
+            except FileNotFoundError:
+                raise self._unknown(name) from None
             except OSError as error:
                 raise AdapterError(f"adapter {name!r} cannot be deleted: {error}") from error
             self._loaded.pop(name, None)
             if name in self._readings:
                 self._readings.pop(name).over = True
-        shutil.rmtree(aside, ignore_errors=True)
+        remove(gone)
 
     def _check_free(self, name: str) -> None:
-        taken = name in self._bank.adapters or (isinstance(name, str) and name in self)
-        check_name(name, [name] if taken else [])
+        check_name(name, [*self._bank.adapters, *self.names()], as_file=True)
 
     def _path(self, name: str) -> Path:
         check_name(name, ())
@@ -228,7 +231,7 @@ class AdapterStore:
     def _unknown(self, name: str) -> AdapterError:
         known = self.names()
         return AdapterError(
-            f"there is no adapter called {name!r} in {self.folder}, or it was deleted"
+            f"there is no adapter called {shown(name)} in {self.folder}, or it was deleted"
             f"{nearest(name, known) or f'; known: {listing(known)}'}"
         )
 

@@ -11,7 +11,8 @@ from vera_fx.bank.adapter import Adapter
 from vera_fx.bank.bank import bank_of
 from vera_fx.bank.build import attribute_of
 from vera_fx.bank.names import check_known, one_adapter
-from vera_fx.checkpoint.state_dict import owned_tensors, projections_hash
+from vera_fx.checkpoint.state_dict import owned_tensors
+from vera_fx.checkpoint.weights_file import projections_hash
 from vera_fx.errors import ExportError
 from vera_fx.export.files import constant_name, fit_vectors, manifest_of, target_entry
 from vera_fx.export.projections import describe, drawn_sizes

@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
-from vera_fx.config import AdapterConfig, check_finite, check_flag, check_share, is_int
-from vera_fx.errors import ConfigError
+from vera_fx.config import SEEDS, AdapterConfig, check_finite, check_flag, check_int, check_share
 
 
 @dataclass(frozen=True)
@@ -60,10 +59,8 @@ class VeraConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not is_int(self.projection_prng_key):
-            raise ConfigError(
-                f"projection_prng_key must be an integer, got {self.projection_prng_key!r}"
-            )
+        seed = check_int("projection_prng_key", self.projection_prng_key, SEEDS, "an integer")
+        self._set("projection_prng_key", seed)
         check_share("vera_dropout", self.vera_dropout)
         check_finite("d_initial", self.d_initial)
         check_flag("save_projection", self.save_projection)
@@ -77,3 +74,7 @@ class VeraConfig(AdapterConfig):
     def saves_shared(self) -> bool:
         """``save_projection``."""
         return self.save_projection
+
+    def saving_shared(self) -> Self:
+        """With ``save_projection``."""
+        return self.replace(save_projection=True)
