@@ -11,6 +11,7 @@ import torch._dynamo
 from torch._C._dynamo.guards import RootGuardManager, TensorGuards, dict_version
 from torch._dynamo.eval_frame import set_eval_frame, skip_code
 from torch._dynamo.guards import GuardManagerType
+from torch.export.pt2_archive._package import load_pt2
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils import _pytree as pytree
 
@@ -122,6 +123,24 @@ class TensorMarks:
 
     def _strides(self) -> list[list[None]]:
         return [[None] * tensor.ndim for tensor in self._tensors]
+
+
+def operator_arguments(namespace: str, name: str, overload: str) -> dict[str, str] | None:
+    """Names and types of an operator's arguments; None if there is no such operator."""
+    packet = getattr(getattr(torch.ops, namespace), name, None)
+    found = getattr(packet, overload, None)
+    if not isinstance(found, torch._ops.OpOverload):
+        return None
+    return {argument.name: str(argument.type) for argument in found._schema.arguments}
+
+
+def load_archive(file: Any) -> tuple[Any, dict[str, str]]:
+    """The program called ``model`` in an open ``.pt2`` file, and its extra files.
+
+    ``torch.export.load`` reads files of older formats if this fails, by another way than was checked.
+    """
+    found = load_pt2(file)
+    return found.exported_programs["model"], found.extra_files
 
 
 def any_autocast() -> bool:

@@ -101,16 +101,16 @@ def save_adapters(
     for name in chosen:
         check_known(name, bank.adapters)
     found = {name: _contents(model, bank, name, save_embedding_layers) for name in chosen}
-    folder = path_of(directory)
-    _check_apart(folder, chosen)
+    folder = _folder_for(directory, chosen)
     return {
         name: _write(model, bank, name, tensors, folder if name == DEFAULT else folder / name)
         for name, tensors in found.items()
     }
 
 
-def _check_apart(folder: Path, names: Sequence[str]) -> None:
-    """Refuse names that would be one folder here."""
+def _folder_for(directory: str | os.PathLike[str], names: Sequence[str]) -> Path:
+    """The folder, after names have been refused that would be one folder there."""
+    folder = path_of(directory)
     try:
         check_apart(names)
     except AdapterError:
@@ -120,6 +120,7 @@ def _check_apart(folder: Path, names: Sequence[str]) -> None:
                 raise
         except OSError as error:
             raise CheckpointError(f"{folder} cannot be written to: {error}") from error
+    return folder
 
 
 def _contents(

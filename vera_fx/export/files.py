@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from vera_fx._torch import load_archive
 from vera_fx.checkpoint.weights_file import KEY_PREFIX
 from vera_fx.errors import ExportError
-from vera_fx.export.projections import left_out, redraw
+from vera_fx.export.checks.archive import MANIFEST_FILE, check_archive
+from vera_fx.export.checks.manifest import read_manifest
+from vera_fx.export.projections import left_out, restore
 from vera_fx.files import archive_at, moved_into
 from vera_fx.passes import ReadWeight, Target
 
 MANIFEST = "vera_fx"
-_FILE = "vera_fx.json"
 
 
 def with_suffix(path: str | os.PathLike[str], suffix: str, whose: str) -> Path:
@@ -39,15 +41,24 @@ def manifest_of(program: Any) -> dict[str, Any]:
     Args:
         program: an ``ExportedProgram``, an AOTInductor package as torch loads it, an ExecuTorch program
             as its runtime loads it, or a manifest.
+
+    Raises:
+        ExportError: it is none of these, or its manifest is of an unknown form.
     """
     if isinstance(program, Mapping):
-        return dict(program)
+        return read_manifest(json.dumps(dict(program)), "the mapping given")
     if isinstance(program, ExportedProgram):
         return program.graph_module.meta.get(MANIFEST, {})
     if hasattr(program, "load_method"):
         known = MANIFEST in program.method_names
-        return json.loads(program.load_method(MANIFEST).execute([])[0]) if known else {}
-    return json.loads(program.get_metadata().get(MANIFEST, "{}"))
+        text = program.load_method(MANIFEST).execute([])[0] if known else ""
+    elif hasattr(program, "get_metadata"):
+        text = program.get_metadata().get(MANIFEST, "")
+    else:
+        raise ExportError(
+            f"a {type(program).__name__} is no program; give what load_program returned"
+        )
+    return read_manifest(text, "the program")
 
 
 def set_manifest(program: ExportedProgram, manifest: Mapping[str, Any]) -> None:
@@ -109,7 +120,7 @@ def save_program(
     known = manifest.get("projections", {})
     if not projections:
         manifest = {**manifest, "projections": {**known, "left_out": True}}
-    extra = {_FILE: json.dumps(manifest)}
+    extra = {MANIFEST_FILE: json.dumps(manifest)}
     without = contextlib.nullcontext() if projections else left_out(program, known)
     try:
         with (
@@ -123,22 +134,33 @@ def save_program(
     return target
 
 
-def load_program(path: str | os.PathLike[str]) -> ExportedProgram:
-    """Read a program and its manifest; to run a program, ``torch.export.load`` does as well.
+def load_program(
+    path: str | os.PathLike[str], *, namespaces: Collection[str] = ()
+) -> ExportedProgram:
+    """Read a program and its manifest, without running anything that the file says.
+
+    What ``torch.export.load`` would take from a file and run is refused before torch sees it: pickled
+    weights, objects and example inputs, sizes and guards that are more than arithmetic, calls of anything
+    but operators, compiled code. To run a program of your own, ``torch.export.load`` does as well.
+
+    Args:
+        path: the file.
+        namespaces: of operators beside torch's own that the program may call (``torch.ops.<namespace>``).
 
     Raises:
-        ExportError: there is no such file, it is damaged, or it was saved without projections and
-            those drawn from the seed are not the program's.
+        ExportError: there is no such file, it is damaged or holds more than a program needs; or it was
+            saved without projections, and those drawn from the seed are not the program's.
     """
-    extra = {_FILE: ""}
     try:
-        program = torch.export.load(Path(path), extra_files=extra)
+        with Path(path).open("rb") as file:
+            text = check_archive(file, namespaces)
+            manifest = read_manifest(text or b"", path)
+            program, _ = load_archive(file)
+    except ExportError:
+        raise
     except Exception as error:
         raise ExportError(f"{path} cannot be read as a program: {error}") from error
-    manifest = json.loads(extra[_FILE] or "{}")
-    if manifest.get("projections", {}).get("left_out"):
-        program.state_dict.update(redraw(manifest["projections"]))
-        manifest["projections"]["left_out"] = False
+    restore(program, manifest)
     set_manifest(program, manifest)
     return program
 

@@ -35,7 +35,6 @@ from vera_fx.passes import (
 from vera_fx.pipelines import run_pipeline
 from vera_fx.products.kinds import stored_weight
 
-FORMS = ("merged", "constant", "input", "rows")
 _FOLDED = "folded"
 
 
@@ -47,7 +46,7 @@ def graph_of(
     Args:
         model: an adapted model; ``name`` is the one adapter that is active.
         name: the adapter.
-        form: one of `FORMS`.
+        form: one of `vera_fx.export.checks.manifest.FORMS`.
         capture: the call's capture.
         call: the example call.
 

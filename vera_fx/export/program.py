@@ -15,8 +15,9 @@ from vera_fx.base.modules import base_modules
 from vera_fx.capturing.returned_objects import is_stateful
 from vera_fx.capturing.signature import Call
 from vera_fx.errors import CaptureError, ExportError, listing, nearest
+from vera_fx.export.checks.manifest import FORMS
 from vera_fx.export.files import set_manifest
-from vera_fx.export.graph import FORMS, graph_of
+from vera_fx.export.graph import graph_of
 from vera_fx.export.module import AUTO, INDEX, VECTORS, ProgramModule, export_module, own
 from vera_fx.export.rows import RowProgramModule, row_arguments
 from vera_fx.export.vectors import describe_program
