@@ -158,16 +158,6 @@ def folds_case(folder: Path) -> bool:
         return (temporary / "A").exists()
 
 
-def copy_flushed(source: Path, target: Path) -> None:
-    """Copy a file to the disk.
-
-    Raises:
-        OSError: the source is missing, or the target cannot be written.
-    """
-    shutil.copyfile(source, target)
-    flush(target)
-
-
 def read_limited(path: Path, limit: int) -> bytes:
     """A file's content, read by one open.
 

@@ -8,6 +8,7 @@ follows it; it has to fit the weights, and a warning says what was changed.
 """
 
 import os
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from vera_fx.checkpoint.safetensors_file import WeightsFile
 from vera_fx.checkpoint.weights_file import WEIGHTS_FILE, weights_in
 from vera_fx.config import AdapterConfig
 from vera_fx.errors import CheckpointError, listing, shown
-from vera_fx.files import copy_flushed, flush, read_limited, sha256
+from vera_fx.files import read_limited, sha256
 
 CONFIG = "vera_fx.config"
 """The key of the configuration's text in the metadata of the weights."""
@@ -93,20 +94,22 @@ def open_saved(folder: Path) -> Saved:
     raise AssertionError
 
 
-def copy_saved(folder: Path, target: Path) -> None:
-    """Copy a saved adapter, whoever writes to its folder meanwhile, and flush the copy.
+def copy_saved(folder: Path, target: Path) -> list[Path]:
+    """Copy a saved adapter, whoever writes to its folder meanwhile; the copies, still to be flushed.
 
     Raises:
         CheckpointError: files are missing or cannot be read, or they change all the time.
         OSError: the copy cannot be written.
     """
+    weights, config = target / WEIGHTS_FILE, target / CONFIG_FILE
     for text in _texts(folder):
-        copy_flushed(folder / WEIGHTS_FILE, target / WEIGHTS_FILE)
+        shutil.copyfile(folder / WEIGHTS_FILE, weights)
         if text == _config_text(folder):
-            if text is not None:
-                (target / CONFIG_FILE).write_bytes(text)
-                flush(target / CONFIG_FILE)
-            return
+            break
+    if text is None:
+        return [weights]
+    config.write_bytes(text)
+    return [weights, config]
 
 
 def _texts(folder: Path) -> Iterator[bytes | None]:

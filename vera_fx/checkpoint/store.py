@@ -24,7 +24,7 @@ from vera_fx.errors import (
     nearest,
     shown,
 )
-from vera_fx.files import aside, flush_folder, make_folder, put_away, remove, sweep
+from vera_fx.files import aside, flush, flush_folder, make_folder, put_away, remove, sweep
 from vera_fx.graphs.runtime import require_adapted
 from vera_fx.mixing.check import STORE
 
@@ -193,8 +193,10 @@ class AdapterStore:
         self._check_free(name)
         try:
             with aside(self.folder, "adding") as temporary:
-                copy_saved(path_of(source), temporary)
+                copies = copy_saved(path_of(source), temporary)
                 self._read(name, temporary)
+                for path in copies:
+                    flush(path)
                 with self._lock:
                     self._check_free(name)
                     temporary.rename(self.folder / name)

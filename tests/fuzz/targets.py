@@ -1,0 +1,215 @@
+"""What is fuzzed: files go in; a success comes out, or an error of the library that changed nothing."""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from torch import nn
+
+import vera_fx
+from tests.fuzz import mutators
+from tests.helpers import fill_vectors
+from tests.models import MLP
+
+CONFIG, WEIGHTS, PROGRAM = "adapter_config.json", "adapter_model.safetensors", "p.pt2"
+Files = dict[str, bytes]
+
+
+def fields(number: int) -> dict[str, Any]:
+    """Configurations of several kinds of files."""
+    more: list[dict[str, Any]] = [
+        {"target_modules": ["lin0"], "modules_to_save": ["lin1"]},
+        {"target_modules": ["lin0", "lin1"], "bias": "all"},
+        {"target_modules": r"lin[01]", "save_projection": False},
+        {"target_modules": ["lin0", "lin1"], "layers_to_transform": None, "vera_dropout": 0.1},
+    ]
+    return {"r": 2, **more[number % len(more)]}
+
+
+class Probe:
+    """A model, and whether it is what it was to the last bit."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.before = self._state()
+        self.values = {name: tensor.detach().clone() for name, tensor in self._tensors().items()}
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+
+    def _state(self) -> Any:
+        model = self.model
+        bank = model._modules.get("vera")
+        return (
+            type(model),
+            model.training,
+            [
+                (name, id(module), len(module._forward_hooks))
+                for name, module in model.named_modules()
+            ],
+            [(name, id(t), t._version, t.requires_grad) for name, t in self._tensors().items()],
+            sorted(model.__dict__),
+            None if bank is None else (bank.active, bank.merged, list(bank.adapters), bank.enabled),
+        )
+
+    def is_unchanged(self) -> bool:
+        now = self._tensors()
+        return self._state() == self.before and all(
+            torch.equal(now[name], value) for name, value in self.values.items()
+        )
+
+
+@dataclass
+class Fault:
+    """What should not be: an exception of another kind, or a model that was changed."""
+
+    target: str
+    files: Files
+    reason: str
+
+
+class Adapters:
+    """`load_adapter` onto a plain model and onto an adapted one, and `AdapterStore.add`."""
+
+    name = "adapters"
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.seeds, self.count = folder / "adapter", list[Files](), 0
+        for number in range(4):
+            torch.manual_seed(number)
+            model = vera_fx.adapt(MLP(), vera_fx.VeraConfig(**fields(number)))
+            fill_vectors(model)
+            path = vera_fx.save_adapter(model, folder / f"seed{number}")
+            self.seeds.append({name: (path / name).read_bytes() for name in (CONFIG, WEIGHTS)})
+        old = {n: b.replace(b"vera_fx.", b"other__.") for n, b in self.seeds[0].items()}
+        self.seeds.append(old)  # as PEFT writes them: nothing of ours in the metadata
+        torch.manual_seed(0)
+        self.plain = MLP()
+        self.adapted = vera_fx.adapt(
+            MLP(), vera_fx.VeraConfig(**fields(0)), adapter_name="home"
+        ).eval()
+        self.store = vera_fx.AdapterStore(self.adapted, folder / "store")
+
+    def mutate(self, random: Random, files: Files, times: int) -> Files:
+        changed = dict(files)
+        for _ in range(times):
+            name = random.choice(list(changed) or [CONFIG])
+            data = changed.get(name, b"")
+            if random.random() < 0.02:
+                changed.pop(name, None)
+            elif name == CONFIG:
+                changed[name] = mutators.json_text(random, data)
+            else:
+                changed[name] = mutators.safetensors(random, data)
+        return changed
+
+    def run(self, files: Files) -> Fault | None:
+        self.folder.mkdir(exist_ok=True)
+        for path in self.folder.iterdir():
+            if path.name not in files:
+                path.unlink()
+        for name, data in files.items():
+            (self.folder / name).write_bytes(data)
+        self.count += 1
+        for step in (self._fresh, self._beside, self._stored)[: 2 + (self.count % 4 == 0)]:
+            reason = step()
+            if reason is not None:
+                return Fault(self.name, files, f"{step.__name__}: {reason}")
+        return None
+
+    def _fresh(self) -> str | None:
+        probe = Probe(self.plain)
+        reason, done = attempt(lambda: vera_fx.load_adapter(self.plain, self.folder))
+        if done:
+            if self.count % 64 == 0:  # it costs as much as a hundred loads
+                self.plain(torch.zeros(2, 10))
+            vera_fx.unload(self.plain).train()
+        elif not probe.is_unchanged():
+            return f"the plain model was changed ({reason})"
+        return None if done or reason is None else reason
+
+    def _beside(self) -> str | None:
+        probe = Probe(self.adapted)
+        reason, done = attempt(
+            lambda: vera_fx.load_adapter(self.adapted, self.folder, adapter_name="new")
+        )
+        if done:
+            vera_fx.delete_adapter(self.adapted, "new")
+        elif not probe.is_unchanged():
+            return f"the adapted model was changed ({reason})"
+        return reason
+
+    def _stored(self) -> str | None:
+        before = sorted(path.name for path in self.store.folder.iterdir())
+        reason, done = attempt(lambda: self.store.add("new", self.folder))
+        if done:
+            self.store.delete("new")
+        if sorted(path.name for path in self.store.folder.iterdir()) != before:
+            return f"the store was changed ({reason})"
+        return reason
+
+
+class Programs:
+    """`load_program`, and what is done with a program that was read."""
+
+    name = "programs"
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.seeds = folder, list[Files]()
+        torch.manual_seed(0)
+        model = vera_fx.adapt(MLP().eval(), vera_fx.VeraConfig(**fields(1)))
+        fill_vectors(model)
+        self.adapter = vera_fx.save_adapter(model, folder / "other")
+        x = torch.randn(3, 10)
+        for form in ("constant", "rows", "merged"):
+            program = vera_fx.export_program(model, (x,), form=form)
+            path = vera_fx.save_program(program, folder / PROGRAM, projections=form != "rows")
+            self.seeds.append({PROGRAM: path.read_bytes()})
+        self.model = model
+
+    def mutate(self, random: Random, files: Files, times: int) -> Files:
+        return {name: mutators.archive(random, data, times) for name, data in files.items()}
+
+    def run(self, files: Files) -> Fault | None:
+        path = self.folder / PROGRAM
+        path.write_bytes(files[PROGRAM])
+        found: list[Any] = []
+        reason, done = attempt(lambda: found.append(vera_fx.load_program(path)))
+        if done:
+            reason = self._use(found[0])
+        return None if reason is None else Fault(self.name, files, reason)
+
+    def _use(self, program: Any) -> str | None:
+        steps = (
+            lambda: vera_fx.program_sites(program),
+            lambda: vera_fx.program_vectors(self.model, program=program),
+            lambda: vera_fx.replace_adapter(program, self.adapter),
+        )
+        return next((reason for step in steps if (reason := attempt(step)[0]) is not None), None)
+
+
+def attempt(step: Any) -> tuple[str | None, bool]:
+    """What is wrong about how it ended, and whether it succeeded."""
+    with quiet():
+        try:
+            step()
+        except vera_fx.VeraFxError as error:
+            return ("the message is long" if len(str(error)) > 10_000 else None), False
+        except Exception as error:
+            return f"{type(error).__name__}: {str(error)[:300]}", False
+    return None, True
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+TARGETS: dict[str, Any] = {target.name: target for target in (Adapters, Programs)}
