@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 DATA = examples/data/sentiment
 
-.PHONY: demo server load test test-all test-executorch families lint types bench clean
+.PHONY: demo server load test fuzz test-all test-executorch families lint types bench clean
 
 # One stamp per set of extras; they share the virtual environment.
 $(VENV)/.%: pyproject.toml constraints.txt
@@ -15,18 +15,23 @@ $(VENV)/.%: pyproject.toml constraints.txt
 demo: $(VENV)/.demo
 	$(BIN)/python examples/finetune.py
 
-# Four adapters, trained once (ten minutes), and a server for them; `make load` asks it from another terminal.
+# Four adapters, trained once (ten minutes), and a server for them; `make load` asks it from another terminal,
+# as one address, so that there is no bound on its rate.
 out/server/accuracy.json: | $(VENV)/.server
 	$(BIN)/python -m examples.server.train
 
 server: out/server/accuracy.json
-	$(BIN)/python -m examples.server
+	$(BIN)/python -m examples.server --rate 0
 
 load: $(VENV)/.server
 	$(BIN)/python -m examples.server.load
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+# Mutated adapters, programs and requests, for hours (FUZZ="--minutes 600"); what is found lies in out/fuzz.
+fuzz: $(VENV)/.test
+	$(BIN)/python -m tests.fuzz $(FUZZ)
 
 test-all: $(VENV)/.test families
 	VERA_FX_HYPOTHESIS=deep $(BIN)/python -m pytest -n 2 --ignore tests/families

@@ -13,6 +13,7 @@ import uvicorn
 
 import vera_fx
 from examples.server.app import create_app
+from examples.server.limits import Limits
 from examples.server.minilm import LABELS, classifier, load_base
 
 
@@ -35,7 +36,8 @@ def main(
 
     classify(["warm up"], [])
     classify(["warm up"] * 2, [])
-    uvicorn.run(create_app(classify, store, LABELS), port=port, log_level="warning")
+    app = create_app(classify, store, LABELS, limits=Limits(rate=0))
+    uvicorn.run(app, port=port, log_level="warning")
 
 
 if __name__ == "__main__":

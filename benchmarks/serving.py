@@ -105,7 +105,9 @@ def main(
             for n, domain in enumerate(DOMAINS)
         ]
         mixed = [
-            stack.enter_context(process(port, "examples.server", "--folder", str(place)))
+            stack.enter_context(
+                process(port, "examples.server", "--folder", str(place), "--rate", "0")
+            )
             for port, place in ((PORT, folder), (PORT + 5, many))
         ]
         groups = dict(zip(found, (four, mixed[:1], mixed[1:]), strict=True))

@@ -1,5 +1,6 @@
 """python -m examples.server: serves the adapters of a folder."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -8,7 +9,12 @@ import typer
 import uvicorn
 
 from examples.server.app import create_app
+from examples.server.door import server_options
+from examples.server.limits import Limits
 from examples.server.minilm import LABELS, serving
+
+KEY = "VERA_FX_SERVER_KEY"
+_SHORTEST = 16
 
 
 def main(
@@ -19,13 +25,24 @@ def main(
     max_batch: int = 32,
     max_wait: Annotated[float, typer.Option(help="seconds")] = 0.005,
     threads: Annotated[int, typer.Option(min=0, help="of torch; 0 for all cores")] = 0,
+    rate: Annotated[
+        float, typer.Option(min=0, help="requests of an address per second; 0 for no bound")
+    ] = Limits.rate,
 ) -> None:
-    """Serve until interrupted; requests that wait are answered first."""
+    """Serve until interrupted; requests that wait are answered first.
+
+    Uploads and deletes need the key in the environment variable VERA_FX_SERVER_KEY.
+    """
+    key = os.environ.get(KEY)
+    if key is not None and len(key) < _SHORTEST:
+        raise typer.BadParameter(f"the key in {KEY} has fewer than {_SHORTEST} characters")
     if threads:
         torch.set_num_threads(threads)
     classify, store = serving(folder, capacity)
-    app = create_app(classify, store, LABELS, max_batch=max_batch, max_wait=max_wait)
-    uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=10)
+    limits = Limits(rate=rate)
+    options = {"key": key, "limits": limits, "max_batch": max_batch, "max_wait": max_wait}
+    app = create_app(classify, store, LABELS, **options)
+    uvicorn.run(app, host=host, port=port, **server_options(limits))
 
 
 if __name__ == "__main__":

@@ -1,38 +1,22 @@
 """The HTTP side: classify, upload, delete, health and metrics."""
 
 import asyncio
-import base64
-import binascii
 import contextlib
-import json
-import tempfile
+import math
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
 import vera_fx
 from examples.server.batcher import Batcher, Classify, OverloadedError
 from examples.server.gate import Gate
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a client may ask for.
-
-    Attributes:
-        text: most characters of a text.
-        upload: most bytes of any request's body.
-        adapters: most adapters in the folder.
-    """
-
-    text: int = 4000
-    upload: int = 8 << 20
-    adapters: int = 10_000
+from examples.server.limits import Limits
+from examples.server.uploads import add, parts
 
 
 class Question(BaseModel):
@@ -56,6 +40,7 @@ class Service:
         self.batcher, self.store = batcher, batcher.store
         self.labels, self.limits = labels, limits
         self.statuses: Counter[int] = Counter()
+        self.uploading = 0
         self.adding = asyncio.Lock()
 
     @contextlib.asynccontextmanager
@@ -71,34 +56,53 @@ class Service:
             raise HTTPException(413, f"the text has more than {self.limits.text} characters")
         if question.adapter not in self.store:
             raise HTTPException(404, "there is no such adapter")
+        scores = await self._scores(question)
+        if not all(map(math.isfinite, scores)):
+            raise HTTPException(422, "the scores of this adapter are no finite numbers")
+        named = dict(zip(self.labels, scores, strict=True))
+        return Answer(label=max(named, key=lambda label: named[label]), scores=named)
+
+    async def _scores(self, question: Question) -> list[float]:
         try:
-            scores = await self.batcher.submit(question.text, question.adapter)
+            async with asyncio.timeout(self.limits.answer_seconds):
+                return await self.batcher.submit(question.text, question.adapter)
         except OverloadedError:
             raise HTTPException(503, "too many requests wait", {"Retry-After": "1"}) from None
+        except TimeoutError:
+            raise HTTPException(504, "the answer took too long") from None
         except vera_fx.AdapterError:
             raise HTTPException(404, "there is no such adapter any more") from None
         except vera_fx.VeraFxError:
             raise HTTPException(422, "this adapter cannot be used") from None
         except Exception as error:
             raise HTTPException(500, "the model failed on this text") from error
-        named = dict(zip(self.labels, scores, strict=True))
-        return Answer(label=max(named, key=lambda label: named[label]), scores=named)
 
     async def upload(self, name: str, request: Request) -> dict[str, str]:
         """Take a new adapter; it serves at once."""
-        config, weights = _parts(await request.body())
-        async with self.adding:
-            if name in self.store:
-                raise HTTPException(409, "there is an adapter of that name; delete it first")
-            if len(await asyncio.to_thread(self.store.names)) >= self.limits.adapters:
-                raise HTTPException(409, "there is no room for more adapters; delete one first")
-            try:
-                await asyncio.to_thread(_add, self.store, name, config, weights)
-            except vera_fx.AdapterError as error:
-                raise HTTPException(400, str(error)[:500]) from None
-            except vera_fx.VeraFxError:
-                raise HTTPException(422, "these files are no adapter for this model") from None
+        if self.uploading >= self.limits.uploads:
+            raise HTTPException(503, "too many uploads at a time", {"Retry-After": "1"})
+        self.uploading += 1
+        try:
+            config, weights = parts(await request.body(), self.limits.names)
+            async with self.adding:
+                await self._add(name, config, weights)
+        finally:
+            self.uploading -= 1
         return {"adapter": name}
+
+    async def _add(self, name: str, config: dict[str, Any], weights: bytes) -> None:
+        if name in self.store:
+            raise HTTPException(409, "there is an adapter of that name; delete it first")
+        if len(await asyncio.to_thread(self.store.names)) >= self.limits.adapters:
+            raise HTTPException(409, "there is no room for more adapters; delete one first")
+        try:
+            await asyncio.to_thread(add, self.store, name, config, weights)
+        except vera_fx.AdapterError as error:
+            raise HTTPException(400, str(error)[:500]) from None
+        except vera_fx.VeraFxError:
+            raise HTTPException(422, "these files are no adapter for this model") from None
+        except OSError:
+            raise HTTPException(507, "the adapter could not be written") from None
 
     async def delete(self, name: str) -> None:
         """Delete an adapter."""
@@ -129,6 +133,7 @@ def create_app(
     store: vera_fx.AdapterStore,
     labels: Sequence[str],
     *,
+    key: str | None = None,
     limits: Limits | None = None,
     max_batch: int = 32,
     max_wait: float = 0.005,
@@ -139,15 +144,20 @@ def create_app(
         classify: texts and adapters' names -> scores; called in one thread only.
         store: the adapters.
         labels: names of the scores.
+        key: what uploads and deletes must bring; without one there are none.
         limits: what clients may ask for.
         max_batch: most requests in one call of ``classify``.
         max_wait: seconds that a request waits for others to share a batch with.
     """
     if max_batch > store.capacity:
         raise ValueError(f"max_batch is {max_batch}, but the store keeps only {store.capacity}")
-    service = Service(Batcher(classify, store, max_batch, max_wait), labels, limits or Limits())
-    app = FastAPI(title="vera_fx", lifespan=service.lifespan)
-    app.add_middleware(Gate, limit=service.limits.upload, statuses=service.statuses)
+    limits = limits or Limits()
+    batcher = Batcher(classify, store, max_batch, max_wait, limits.waiting)
+    service = Service(batcher, labels, limits)
+    pages: dict[str, None] = {"docs_url": None, "redoc_url": None, "openapi_url": None}
+    app = FastAPI(title="vera_fx", lifespan=service.lifespan, **pages)
+    app.add_middleware(Gate, limits=limits, key=key, statuses=service.statuses)
+    app.add_exception_handler(RequestValidationError, _malformed)
     app.post("/classify")(service.classify)
     app.put("/adapters/{name}", status_code=201)(service.upload)
     app.delete("/adapters/{name}", status_code=204)(service.delete)
@@ -156,23 +166,7 @@ def create_app(
     return app
 
 
-def _parts(body: bytes) -> tuple[dict[str, Any], bytes]:
-    """``{"config": {...}, "weights": "base64 of a safetensors file"}``."""
-    try:
-        values = json.loads(body)
-        config, weights = values["config"], base64.b64decode(values["weights"], validate=True)
-    except (ValueError, KeyError, TypeError, RecursionError, binascii.Error):
-        raise HTTPException(
-            422, 'the body must be {"config": {...}, "weights": "base64 of a safetensors file"}'
-        ) from None
-    if not isinstance(config, dict) or isinstance(config.get("target_modules"), str):
-        # A string is a regular expression, which a hostile client could make run for ever.
-        raise HTTPException(422, "config must be an object, with target_modules as a list")
-    return config, weights
-
-
-def _add(store: vera_fx.AdapterStore, name: str, config: dict[str, Any], weights: bytes) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
-        Path(folder, "adapter_model.safetensors").write_bytes(weights)
-        store.add(name, folder)
+async def _malformed(_: Request, error: Exception) -> Response:
+    """FastAPI repeats the input, which may be large, or hold what no answer can (NaN, surrogates)."""
+    found = error.errors() if isinstance(error, RequestValidationError) else ()
+    return JSONResponse({"detail": [str(entry["msg"])[:200] for entry in found[:8]]}, 422)

@@ -19,12 +19,15 @@ import uvicorn
 from fastapi.testclient import TestClient
 
 from examples.server import load
-from examples.server.app import Limits, create_app
+from examples.server.app import create_app
 from examples.server.batcher import Batcher
+from examples.server.limits import Limits
 from tests.checkpoint.test_store import CONFIG, DAMAGES, WEIGHTS, make
 from tests.helpers import assert_close
 
 LABELS = ("bad", "fair", "good")
+KEY = "a key of the tests"
+HEADERS = {"Authorization": f"Bearer {KEY}"}
 
 
 def encode(texts: Any) -> torch.Tensor:
@@ -43,13 +46,14 @@ def world(tmp_path: Path) -> tuple[Any, Any, Any, list[int]]:
             return model(encode(texts), adapter_names=list(names)).tolist()
 
     options = {"max_batch": 4, "max_wait": 0.05}
-    limits = Limits(text=5, upload=200_000, adapters=6)
-    return create_app(classify, store, LABELS, limits=limits, **options), store, model, sizes
+    limits = Limits(text=5, upload=200_000, adapters=6, rate=0, changes=0)
+    app = create_app(classify, store, LABELS, key=KEY, limits=limits, **options)
+    return app, store, model, sizes
 
 
 @pytest.fixture
 def client(world: Any) -> Iterator[TestClient]:
-    with TestClient(world[0]) as client:
+    with TestClient(world[0], headers=HEADERS) as client:
         yield client
 
 
@@ -288,7 +292,8 @@ class Stress:
     def loop(self, action: Any, start: int) -> None:
         number = start
         try:
-            with httpx.Client(base_url=self.url, trust_env=False, timeout=20) as client:
+            options: Any = {"headers": HEADERS, "trust_env": False, "timeout": 20}
+            with httpx.Client(base_url=self.url, **options) as client:
                 while not self.is_over():
                     action(client, number)
                     number += 1
@@ -319,7 +324,7 @@ def test_stress_uploads_deletes_and_attacks_while_it_serves(world: Any) -> None:
         stress = Stress(world, url, seconds=3.0)
         stress.run()
         for name in ("t0", "t1"):
-            httpx.delete(f"{url}/adapters/{name}", trust_env=False)
+            httpx.delete(f"{url}/adapters/{name}", headers=HEADERS, trust_env=False)
         health = httpx.get(f"{url}/health", trust_env=False).json()
     if stress.failures:
         raise stress.failures[0]
