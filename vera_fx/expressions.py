@@ -8,7 +8,7 @@ language (back references, atomic groups), and counts its steps.
 
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from re import _constants as ops  # type: ignore[attr-defined]  # the parser's names
 from re import _parser as parser  # type: ignore[attr-defined]  # Python 3.11 to 3.14
@@ -74,8 +74,8 @@ class _Count:
     def __init__(self) -> None:
         self.steps = 0
 
-    def step(self) -> None:
-        self.steps += 1
+    def step(self, cost: int = 1) -> None:
+        self.steps += cost
         if self.steps > STEPS:
             raise _TooManyError
 
@@ -86,7 +86,14 @@ class _Text:
     def __init__(self, text: str, count: _Count) -> None:
         self.text, self.count = text, count
         self.all = (1 << len(text) + 1) - 1
-        self.masks: dict[int, int] = {}
+        self.masks: dict[int | str, int] = {}
+
+    def mask(self, key: int | str, places: Callable[[], Iterable[int]]) -> int:
+        """Bits for some places, which are found once."""
+        if key not in self.masks:
+            self.count.step(len(self.text) + 1)
+            self.masks[key] = sum(1 << place for place in set(places()))
+        return self.masks[key]
 
 
 _Ends = Callable[[_Text, int], int]
@@ -183,6 +190,7 @@ def _split(branches: list[Any]) -> tuple[frozenset[str], list[Any]]:
 
 def _words(words: frozenset[str], lengths: set[int], text: _Text, starts: int) -> int:
     ends = 0
+    text.count.step(len(text.text) + 1)
     for place in _places(starts):
         for length in lengths:
             text.count.step()
@@ -197,20 +205,20 @@ def _places(mask: int) -> Iterator[int]:
 
 def _word(word: str, text: _Text, starts: int) -> int:
     text.count.step()
-    ends, place = 0, text.text.find(word)
+    return (text.mask(word, lambda: _found(word, text.text)) & starts) << len(word)
+
+
+def _found(word: str, text: str) -> Iterator[int]:
+    place = text.find(word)
     while place >= 0:
-        ends |= 1 << place
-        place = text.text.find(word, place + 1)
-    return (ends & starts) << len(word)
+        yield place
+        place = text.find(word, place + 1)
 
 
 def _one(test: Callable[[str], bool], text: _Text, starts: int) -> int:
     text.count.step()
-    mask = text.masks.get(id(test))
-    if mask is None:
-        mask = sum(1 << place for place, char in enumerate(text.text) if test(char))
-        text.masks[id(test)] = mask
-    return (mask & starts) << 1
+    found = text.mask(id(test), lambda: (n for n, char in enumerate(text.text) if test(char)))
+    return (found & starts) << 1
 
 
 def _repeat(low: int, high: int, item: _Ends, text: _Text, starts: int) -> int:
@@ -230,17 +238,19 @@ def _repeat(low: int, high: int, item: _Ends, text: _Text, starts: int) -> int:
 
 
 def _ahead(item: _Ends, wanted: bool, text: _Text, starts: int) -> int:
+    text.count.step(len(text.text) + 1)
     return sum(1 << place for place in _places(starts) if bool(item(text, 1 << place)) is wanted)
 
 
 def _behind(item: _Ends, wanted: bool, text: _Text, starts: int) -> int:
+    text.count.step()
     ends = item(text, text.all)  # all of one length, or the parser would have refused
     return starts & (ends if wanted else ~ends)
 
 
 def _at(places: Callable[[str], Iterator[int]], text: _Text, starts: int) -> int:
     text.count.step()
-    return starts & sum(1 << place for place in set(places(text.text)))
+    return starts & text.mask(id(places), lambda: places(text.text))
 
 
 def _test(op: Any, argument: Any, *, dotall: bool) -> Callable[[str], bool]:

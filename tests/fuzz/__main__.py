@@ -1,9 +1,13 @@
-"""python -m tests.fuzz: hunts for hours; what it keeps is under out/fuzz."""
+"""python -m tests.fuzz: hunts for hours; what it keeps is under out/fuzz.
+
+Failures belong into tests/fuzz/found, a folder each, when they are mended: `test_fuzz` runs them again.
+"""
 
 import argparse
 import faulthandler
 import logging
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -11,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from tests.fuzz.kills import KINDS
 from tests.fuzz.loop import hunt
 from tests.fuzz.targets import TARGETS
 
@@ -22,7 +27,10 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", choices=[*TARGETS], default=[*TARGETS])
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--out", type=Path, default=Path("out/fuzz"))
+    parser.add_argument("--kills", type=int, default=1000, help="of each kind of writer")
     options = parser.parse_args()
+    if options.kills:
+        _kill(options.kills, options.seed)
     faulthandler.enable()
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
@@ -35,6 +43,14 @@ def main() -> None:
             f"{counts['mutations']:,} mutations, {counts['faults']} faults, seed {options.seed}"
         )
         sys.stdout.write(f"{name}: {result}\n")
+        sys.stdout.flush()
+
+
+def _kill(kills: int, seed: int) -> None:
+    """In a process of its own, whose writers flush as they do in earnest."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["-m", "tests.fuzz.kills", str(kills), str(seed), folder, *KINDS]
+        subprocess.run([sys.executable, *command], check=True)
 
 
 if __name__ == "__main__":

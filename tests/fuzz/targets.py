@@ -1,6 +1,9 @@
 """What is fuzzed: files go in; a success comes out, or an error of the library that changed nothing."""
 
+import asyncio
+import base64
 import contextlib
+import json
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,10 +11,13 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import httpx
 import torch
 from torch import nn
 
 import vera_fx
+from examples.server.app import create_app
+from examples.server.limits import Limits
 from tests.fuzz import mutators
 from tests.helpers import fill_vectors
 from tests.models import MLP
@@ -212,4 +218,51 @@ def quiet() -> Iterator[None]:
         yield
 
 
-TARGETS: dict[str, Any] = {target.name: target for target in (Adapters, Programs)}
+class Requests:
+    """Bodies of requests to the example server: its answers are 4xx at worst."""
+
+    name = "requests"
+
+    def __init__(self, folder: Path) -> None:
+        torch.manual_seed(0)
+        model = vera_fx.adapt(MLP().eval(), vera_fx.VeraConfig(**fields(1)))
+        fill_vectors(model)
+        path = vera_fx.save_adapter(model, folder / "adapter")
+        self.store = vera_fx.AdapterStore(model, folder / "store")
+        weights = base64.b64encode((path / WEIGHTS).read_bytes()).decode()
+        upload = {"config": json.loads((path / CONFIG).read_bytes()), "weights": weights}
+        question = {"text": "a text", "adapter": "known"}
+        self.seeds = [{"upload": json.dumps(upload).encode()}]
+        self.seeds += [{"question": json.dumps(question).encode()}]
+        self.store.add("known", path)
+        limits = Limits(rate=0, changes=0)
+        self.app = create_app(self._classify, self.store, ["a", "b"], key="key", limits=limits)
+        self.portal = asyncio.new_event_loop()
+        self.lifespan = self.app.router.lifespan_context(self.app)
+        self.portal.run_until_complete(self.lifespan.__aenter__())
+
+    def _classify(self, texts: Any, names: Any) -> list[list[float]]:
+        """Encodes the texts as a tokenizer does, and answers without the model."""
+        return [[float(len(text.encode())), 0.0] for text in texts]
+
+    def mutate(self, random: Random, files: Files, times: int) -> Files:
+        return {name: mutators.json_text(random, data, times) for name, data in files.items()}
+
+    def run(self, files: Files) -> Fault | None:
+        ((name, data),) = files.items()
+        method, path = {"upload": ("PUT", "/adapters/new"), "question": ("POST", "/classify")}[name]
+        answer = self.portal.run_until_complete(self._ask(method, path, data))
+        if answer.status_code == 201:
+            self.store.delete("new")
+        if answer.status_code < 500 and self.store.names() == ["known"]:
+            return None
+        return Fault(self.name, files, f"{answer.status_code}: {answer.text[:300]}")
+
+    async def _ask(self, method: str, path: str, data: bytes) -> httpx.Response:
+        transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
+        headers = {"authorization": "Bearer key", "content-type": "application/json"}
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            return await client.request(method, path, content=data, headers=headers)
+
+
+TARGETS: dict[str, Any] = {target.name: target for target in (Adapters, Programs, Requests)}

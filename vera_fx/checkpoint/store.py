@@ -112,12 +112,9 @@ class AdapterStore:
         """True if there is an adapter of that name, in memory or on disk."""
         if not isinstance(name, str):
             return False
-        if name in self._loaded:
-            return True
-        try:
-            return is_saved(self._path(name))
-        except AdapterError:
-            return False
+        with contextlib.suppress(AdapterError):
+            return name in self._loaded or is_saved(self._path(name))
+        return False
 
     def names(self) -> list[str]:
         """The names of all adapters in the folder, sorted."""

@@ -11,19 +11,23 @@ from vera_fx.checkpoint.state_dict import read_adapter
 from vera_fx.checkpoint.weights_file import WEIGHTS_FILE
 from vera_fx.errors import ExportError
 from vera_fx.export.files import fit_vectors, manifest_of, target_of
-from vera_fx.passes import find_sites
+from vera_fx.passes import SiteError, find_sites
 
 
 def program_sites(program: ExportedProgram) -> tuple[str, ...]:
     """Names of the sites in a program, found again from its graph and metadata, in order.
 
     Raises:
-        ExportError: vera_fx has not made the program, or it was saved without its manifest.
+        ExportError: vera_fx has not made the program, it was saved without its manifest, or the two
+            do not agree.
     """
     manifest = _manifest(program)
     targets = [target_of(values) for values in manifest["targets"]]
     graph = program.module(check_guards=False)
-    return tuple(site.name for site in find_sites(graph, targets).sites)
+    try:
+        return tuple(site.name for site in find_sites(graph, targets).sites)
+    except SiteError as error:
+        raise ExportError(f"the program's graph does not fit its manifest: {error}") from error
 
 
 def replace_adapter(program: ExportedProgram, directory: str | os.PathLike[str]) -> ExportedProgram:
