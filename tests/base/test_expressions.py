@@ -6,6 +6,7 @@ import time
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from torch import nn
 
 import vera_fx
 from tests.models import MLP
@@ -131,4 +132,49 @@ def test_a_thousand_paths_and_names_are_read_at_once() -> None:
     config = vera_fx.VeraConfig(r=2, target_modules=[f"n{n}" for n in range(100_000)] + ["lin0"])
     start = time.process_time()
     assert list(resolve_targets(MLP(), config, strict=False)) == ["lin0"]
+    assert time.process_time() - start < 5
+
+
+class Deep(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(nn.Linear(3, 3) for _ in range(30))})
+        self.encoder["more"] = nn.ModuleDict({"n" * 40: nn.Sequential(nn.Linear(3, 3))})
+
+
+@pytest.mark.parametrize("name", ["layers", "encoder.layers", "more", "lay.*", "[a-z]+"])
+def test_layers_are_counted_below_the_same_lists(name: str) -> None:
+    """By a file's pattern as by a user's."""
+    found = []
+    for pattern in (name, FileText(name)):
+        config = vera_fx.VeraConfig(
+            r=2, target_modules="all-linear", layers_to_transform=[0, 7], layers_pattern=pattern
+        )
+        try:
+            found.append(list(resolve_targets(Deep(), config)))
+        except vera_fx.TargetError:
+            found.append([])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("name", ["(.*)*(.*)*X", "(n+)+$", "(.*)*(.*)*...X"])
+def test_patterns_of_layers_cannot_hang(name: str) -> None:
+    config = vera_fx.VeraConfig(
+        r=2, target_modules="all-linear", layers_to_transform=[0], layers_pattern=[FileText(name)]
+    )
+    start = time.process_time()
+    with pytest.raises(vera_fx.TargetError):
+        resolve_targets(Deep(), config)
+    assert time.process_time() - start < 5
+
+
+def test_names_are_no_expressions() -> None:
+    start = time.process_time()
+    with pytest.raises(vera_fx.VeraFxError):
+        vera_fx.adapt(
+            MLP(),
+            vera_fx.VeraConfig(
+                r=2, target_modules=["lin0"], modules_to_save=["(.*)*(.*)*X", "l.n1"]
+            ),
+        )
     assert time.process_time() - start < 5

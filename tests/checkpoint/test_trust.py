@@ -181,7 +181,9 @@ def test_one_hash_over_all_tensors_and_metadata(folder: Path) -> None:
 
 def test_the_hash_covers_keys_and_shapes(folder: Path) -> None:
     """Two tensors of one size cannot be exchanged."""
-    vera_fx.save_adapter(adapted(r=20), folder)  # both vectors are of 20 numbers now
+    model = adapted(r=20)  # both vectors are of 20 numbers
+    fill_vectors(model)
+    vera_fx.save_adapter(model, folder)
 
     def exchange(values: dict[str, Any]) -> None:
         other = D.replace("lambda_d", "lambda_b")

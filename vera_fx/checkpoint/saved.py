@@ -104,12 +104,13 @@ def copy_saved(folder: Path, target: Path) -> list[Path]:
     weights, config = target / WEIGHTS_FILE, target / CONFIG_FILE
     for text in _texts(folder):
         shutil.copyfile(folder / WEIGHTS_FILE, weights)
-        if text == _config_text(folder):
-            break
-    if text is None:
-        return [weights]
-    config.write_bytes(text)
-    return [weights, config]
+        if text != _config_text(folder):
+            continue
+        if text is None:
+            return [weights]
+        config.write_bytes(text)
+        return [weights, config]
+    raise AssertionError
 
 
 def _texts(folder: Path) -> Iterator[bytes | None]:

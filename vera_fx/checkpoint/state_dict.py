@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from vera_fx.bank.adapter import Adapter, TrainedBias
+from vera_fx.bank.bank import AdapterBank
 from vera_fx.bank.blueprint import Blueprint, blueprint
 from vera_fx.bank.names import check_known
 from vera_fx.base.targets import resolve_targets
@@ -86,13 +87,7 @@ def load_adapter_state_dict(
         CheckpointError: a tensor is missing, unknown, of another shape or kind of dtype, without
             values or not finite. Nothing is changed then.
     """
-    bank = require_adapted(model)
-    check_known(name, bank.adapters)
-    if name in bank.merged:
-        raise AdapterError(
-            f"adapter {name!r} is merged into the base, which would not follow; unmerge the model before "
-            "loading into it"
-        )
+    bank = _bank_to_load_into(model, name)
     adapter, source = bank.adapter(name), f"the state given for adapter {name!r}"
     pair, expected = bank.projections_of(adapter), dict(owned_tensors(adapter))
     state = _plain_state(state, source)
@@ -110,6 +105,17 @@ def load_adapter_state_dict(
     with torch.no_grad():
         for key, tensor in expected.items():
             tensor.copy_(values[key])
+
+
+def _bank_to_load_into(model: nn.Module, name: str) -> AdapterBank:
+    bank = require_adapted(model)
+    check_known(name, bank.adapters)
+    if name in bank.merged:
+        raise AdapterError(
+            f"adapter {name!r} is merged into the base, which would not follow; unmerge the model before "
+            "loading into it"
+        )
+    return bank
 
 
 def _plain_state(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
