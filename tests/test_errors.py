@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import vera_fx
 from tests.models import BY_NAME, MLP
+from vera_fx.errors import listing, nearest, shown
 
 
 def state_of(model: nn.Module) -> dict:
@@ -380,3 +381,24 @@ def test_debug_knobs(variable: str, value: str, monkeypatch: pytest.MonkeyPatch)
     model = vera_fx.adapt(MLP(), CONFIG)
     with pytest.raises(vera_fx.ConfigError, match=f"{variable} must be"):
         model(torch.randn(2, 10))
+
+
+class Unshowable:
+    def __repr__(self) -> str:
+        raise RuntimeError("no")
+
+
+def test_values_of_any_kind_are_shown_briefly() -> None:
+    for value in (Unshowable(), 10**5_000, "x" * 10**6, "\ud800", b"\xff" * 10**5):
+        text = shown(value)
+        assert 0 < len(text) < 300
+        text.encode()
+
+
+def test_messages_are_cut_where_they_say_least() -> None:
+    error = vera_fx.ConfigError("a" * 100 + "b" * 10**6 + "what to do")
+    assert len(str(error)) < 8_100
+    assert str(error).startswith("a" * 100)
+    assert str(error).endswith("what to do")
+    assert len(nearest("x" * 10**6, ["x" * 10**5])) < 1_000
+    assert len(listing(["x" * 10**5] * 10**4)) < 3_000
