@@ -24,11 +24,11 @@ from vera_fx.checkpoint.peft_config import (
     origin_of,
     parse_config,
 )
-from vera_fx.checkpoint.safetensors_file import WeightsFile
 from vera_fx.checkpoint.weights_file import WEIGHTS_FILE, weights_in
 from vera_fx.config import AdapterConfig
 from vera_fx.errors import CheckpointError, listing, shown
 from vera_fx.files import read_limited, sha256
+from vera_fx.safetensors_file import WeightsFile
 
 CONFIG = "vera_fx.config"
 """The key of the configuration's text in the metadata of the weights."""

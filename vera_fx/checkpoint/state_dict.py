@@ -12,7 +12,6 @@ from vera_fx.bank.blueprint import Blueprint, blueprint
 from vera_fx.bank.names import check_known
 from vera_fx.base.targets import resolve_targets
 from vera_fx.branches.protocol import BranchKind
-from vera_fx.checkpoint.safetensors_file import unique
 from vera_fx.checkpoint.weights_file import (
     HASH,
     KEY_PREFIX,
@@ -29,6 +28,7 @@ from vera_fx.checkpoint.weights_file import (
 from vera_fx.config import AdapterConfig
 from vera_fx.errors import AdapterError, CheckpointError, TargetError, first_line, shown
 from vera_fx.graphs.runtime import require_adapted
+from vera_fx.safetensors_file import unique
 
 
 def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
