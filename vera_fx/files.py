@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -175,6 +176,15 @@ def read_limited(path: Path, limit: int) -> bytes:
 def sha256(data: bytes) -> str:
     """The SHA-256 of some bytes, in hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
+
+
+def identity(folder: Path) -> tuple[int, int] | None:
+    """What tells a folder from one that takes its place; None if there is no folder."""
+    try:
+        status = folder.stat()
+    except OSError:
+        return None
+    return (status.st_dev, status.st_ino) if stat.S_ISDIR(status.st_mode) else None
 
 
 def put_away(folder: Path) -> Path:

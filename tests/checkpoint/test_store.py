@@ -237,6 +237,31 @@ def test_unknown_taken_and_deleted(folder: Path) -> None:
             vera_fx.AdapterStore(model, folder, capacity=wrong)
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_deleted_by_another_process_while_it_is_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    """Half of it is gone then: that is no damage."""
+    _, store, _ = make(folder, 1)
+    read = store._packer.read
+
+    def deleted(path: Path) -> Any:
+        monkeypatch.setattr(store._packer, "read", read)
+        path.rename(folder.parent / "away")
+        if again:
+            shutil.copytree(folder.parent / "away", path)
+        (folder.parent / "away" / WEIGHTS).unlink()
+        return read(folder.parent / "away")
+
+    monkeypatch.setattr(store._packer, "read", deleted)
+    if again:
+        store.load("s0")
+        assert store.loaded() == ["s0"]
+    else:
+        with pytest.raises(vera_fx.AdapterError, match="or it was deleted"):
+            store.load("s0")
+
+
 def test_bank_changes_move_the_layout_and_stored_rows_follow(folder: Path) -> None:
     model, store, known = make(folder, 2)
     assert_rows(model, ["s0", "s1"], known)

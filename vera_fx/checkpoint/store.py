@@ -15,16 +15,8 @@ from vera_fx.bank.names import check_name
 from vera_fx.bank.packed import Packed
 from vera_fx.checkpoint.packing import Packer
 from vera_fx.checkpoint.saved import copy_saved, is_saved, path_of
-from vera_fx.errors import (
-    AdapterError,
-    CheckpointError,
-    VeraFxError,
-    first_line,
-    listing,
-    nearest,
-    shown,
-)
-from vera_fx.files import aside, flush, flush_folder, make_folder, put_away, remove, sweep
+from vera_fx.errors import AdapterError, CheckpointError, VeraFxError, first_line, listing, nearest
+from vera_fx.files import aside, flush, flush_folder, identity, make_folder, put_away, remove, sweep
 from vera_fx.graphs.runtime import require_adapted
 from vera_fx.mixing.check import STORE
 
@@ -86,7 +78,7 @@ class AdapterStore:
         """
         self._bank = require_adapted(model)
         if not isinstance(capacity, int) or isinstance(capacity, bool) or capacity < 1:
-            raise AdapterError(f"capacity must be a positive whole number, got {shown(capacity)}")
+            raise AdapterError(f"capacity must be a positive whole number, got {capacity!r}")
         self.folder, self.capacity = path_of(folder), capacity
         try:
             make_folder(self.folder)
@@ -230,7 +222,7 @@ class AdapterStore:
     def _unknown(self, name: str) -> AdapterError:
         known = self.names()
         return AdapterError(
-            f"there is no adapter called {shown(name)} in {self.folder}, or it was deleted"
+            f"there is no adapter called {name!r} in {self.folder}, or it was deleted"
             f"{nearest(name, known) or f'; known: {listing(known)}'}"
         )
 
@@ -275,19 +267,23 @@ class AdapterStore:
         return packed
 
     def _read(self, name: str, path: Path) -> Packed:
-        if not path.is_dir():
-            raise self._unknown(name)
-        try:
-            packed = self._packer.read(path)
-        except VeraFxError:
-            raise
-        except Exception as error:
-            raise CheckpointError(
-                f"adapter {name!r} in {path} cannot be read: {first_line(error)}"
-            ) from error
-        with self._lock:
-            self.counts.loads += 1
-        return packed
+        while (place := identity(path)) is not None:
+            try:
+                packed = self._packer.read(path)
+            except Exception as error:
+                if (
+                    identity(path) != place
+                ):  # another process has deleted it, which looks like damage
+                    continue
+                if isinstance(error, VeraFxError):
+                    raise
+                raise CheckpointError(
+                    f"adapter {name!r} in {path} cannot be read: {first_line(error)}"
+                ) from error
+            with self._lock:
+                self.counts.loads += 1
+            return packed
+        raise self._unknown(name)
 
     def _make_room(self) -> None:
         """Drop the adapters that were not used for longest; those of running batches stay."""
