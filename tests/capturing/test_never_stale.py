@@ -330,11 +330,11 @@ def test_objects_that_answer_every_name_are_not_asked() -> None:
 
 
 def test_constants_that_cannot_be_hashed() -> None:
-    class Level(enum.Enum):
+    class Level(enum.Enum):  # noqa: PLW1641
         LOW = 1
         HIGH = 2
 
-        def __eq__(self, other: object) -> bool:  # and so no __hash__  # noqa: PLW1641
+        def __eq__(self, other: object) -> bool:  # and so no __hash__
             return self is other
 
     model = net()
