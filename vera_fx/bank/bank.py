@@ -250,4 +250,6 @@ def adapted_paths(bank: AdapterBank) -> set[str]:
 
 def bank_of(model: nn.Module) -> AdapterBank:
     """The bank of an adapted model."""
-    return cast("AdapterBank", model._modules[BANK])
+    bank = model._modules.get(BANK)
+    # Containers of modules keep it beside their elements.
+    return cast("AdapterBank", model.__dict__[BANK] if bank is None else bank)

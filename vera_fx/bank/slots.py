@@ -84,6 +84,10 @@ class SlotNames:
         """The attribute for tensor ``name`` of the module at ``path``."""
         if (path, name) not in self._names:
             attribute = f"{path}.{name}".replace(".", "__")
+            if attribute[
+                0
+            ].isdigit():  # as in nn.Sequential; what is no identifier is not left open
+                attribute = f"_{attribute}"
             while attribute in self._names.values():
                 attribute += "_"
             self._names[path, name] = attribute

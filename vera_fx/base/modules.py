@@ -1,12 +1,16 @@
 """The model's own modules and tensors by path, without the bank that hangs on it."""
 
-from types import CodeType
-from typing import Any
+import types
+from collections.abc import Mapping
+from typing import Any, cast
 
 from torch import nn
 
 BANK = "vera"
 """Name under which the adapter bank hangs on the model."""
+
+PART = "part"
+"""Purpose of the classes of modules that run graphs of their own in a model that runs in Python."""
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -38,6 +42,26 @@ def tensor_paths(model: nn.Module) -> dict[int, list[str]]:
     return paths
 
 
+def extended_class(
+    base: type[nn.Module], purpose: str, methods: Mapping[str, Any]
+) -> type[nn.Module]:
+    """A subclass of ``base`` with other methods, which a module of that class can be given in place.
+
+    ``base`` stands first and alone, as in Python only that has the same layout of memory for every
+    class: one with ``abc.ABC`` or ``__slots__`` in front differs from all that come before it.
+    """
+    # The name stays: transformers looks models up by the name of their class.
+    names: dict[str, Any] = {"__module__": base.__module__, "__qualname__": base.__qualname__}
+    names |= {"_vera_base": base, "_vera_purpose": purpose, **methods}
+    kind = types.new_class(base.__name__, (base,), exec_body=lambda ns: ns.update(names))
+    return cast("type[nn.Module]", kind)
+
+
+def is_extended(module: nn.Module, purpose: str) -> bool:
+    """True if the module's class was extended for that purpose."""
+    return getattr(type(module), "_vera_purpose", None) == purpose
+
+
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The class that a module had before the library extended it."""
     return getattr(type(module), "_vera_base", type(module))
@@ -50,4 +74,4 @@ def asks_for_gradients(hook: Any) -> bool:
     gradients of what is inside; checkpoints in graphs are never re-entrant.
     """
     code = getattr(hook, "__code__", None)
-    return isinstance(code, CodeType) and code.co_names == ("requires_grad_",)
+    return isinstance(code, types.CodeType) and code.co_names == ("requires_grad_",)

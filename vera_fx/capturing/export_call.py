@@ -17,6 +17,7 @@ from torch.fx.graph import CodeGen
 
 from vera_fx._torch import TreeSpec
 from vera_fx.base.hf import capture_hint
+from vera_fx.base.modules import BANK
 from vera_fx.capturing.returned_objects import Stateful
 from vera_fx.capturing.signature import Call, CallReader
 from vera_fx.capturing.trace import aliased, trace
@@ -132,6 +133,8 @@ def bind_live(exported: ExportedProgram, model: nn.Module) -> GraphModule:
     bound = GraphModule(nn.Module(), Graph())
     for name in ("_modules", "_parameters", "_buffers"):
         bound.__dict__[name] = model.__dict__[name]
+    if BANK in model.__dict__:
+        bound.__dict__[BANK] = model.__dict__[BANK]
     for node in graph.nodes:
         if node.op == "get_attr" and node.target not in live:
             value = resolve(source, node.target)

@@ -59,6 +59,8 @@ def _twins(modules: Sequence[nn.Module]) -> dict[int, nn.Module]:
     for module in modules:
         state = twins[id(module)].__dict__
         for name, value in module.__dict__.items():
+            if module is modules[0] and name == BANK:  # beside the elements of a container
+                continue
             state[name] = type(value)() if name in _HOOKS else _moved(value, twins)
         for name in ("_parameters", "_buffers"):
             state[name] = dict(module.__dict__[name])

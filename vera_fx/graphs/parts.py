@@ -8,7 +8,7 @@ runs a graph of its own, or runs in Python in turn.
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
@@ -16,7 +16,7 @@ from vera_fx._context import class_made_of, current_run, is_capturing, traced_by
 from vera_fx._torch import skip_frame
 from vera_fx.bank.bank import AdapterBank, adapted_paths, bank_of
 from vera_fx.bank.hooks import Entering
-from vera_fx.base.modules import base_modules
+from vera_fx.base.modules import PART, base_modules, extended_class, is_extended, original_class
 from vera_fx.errors import PartialCaptureWarning, listing
 
 
@@ -41,25 +41,21 @@ class Parts:
             del self.reasons[path]
 
 
-class Part:
-    """Mixed into the class of a part. Outside of a run it does what it did before."""
-
-    _vera_base: type[nn.Module]
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # Copies belong to other models, which make parts of them when they need to.
-        return object.__new__, (self._vera_base,), cast("nn.Module", self).__getstate__()
-
-
 def part_class(base: type[nn.Module]) -> type[nn.Module]:
-    """The class of a part that was a ``base``, under the same name."""
-    return class_made_of(base, "part", _part_of)
+    """The class of a part that was a ``base``, under the same name.
+
+    Outside of a run it does what it did before.
+    """
+    return class_made_of(base, PART, _part_of)
 
 
 def _part_of(base: type[nn.Module]) -> type[nn.Module]:
-    names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
-    names |= {"_vera_base": base, "forward": _forward_for(base)}
-    return cast("type[nn.Module]", type(base.__name__, (Part, base), names))
+    return extended_class(base, PART, {"forward": _forward_for(base), "__reduce_ex__": _reduce})
+
+
+def _reduce(self: Any, _protocol: Any) -> tuple[Any, ...]:
+    # Copies belong to other models, which make parts of them when they need to.
+    return object.__new__, (original_class(self),), self.__getstate__()
 
 
 def _forward_for(base: type[nn.Module]) -> Callable[..., Any]:
@@ -87,7 +83,7 @@ def split(model: nn.Module, parts: Parts, entry: str, reason: str, *, hooks: boo
     found = dict(_parts_below(model, bank_of(model), entry))
     for path, module in found.items():
         parts.paths[id(module)] = path
-        if not isinstance(module, Part):
+        if not is_extended(module, PART):
             module.__class__ = part_class(type(module))
     _note_entries(model, bank_of(model))
     name = f"{entry!r} in {type(model).__name__}" if entry else type(model).__name__
@@ -132,5 +128,5 @@ def _note_entries(model: nn.Module, bank: AdapterBank) -> None:
 def restore_parts(model: nn.Module) -> None:
     """Give all parts the classes that they had."""
     for module in model.modules():
-        if isinstance(module, Part):
-            cast("nn.Module", module).__class__ = module._vera_base
+        if is_extended(module, PART):
+            module.__class__ = original_class(module)

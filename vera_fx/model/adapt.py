@@ -20,6 +20,7 @@ from vera_fx.graphs.around import prepare
 from vera_fx.graphs.parts import restore_parts
 from vera_fx.graphs.runtime import require_adapted, runtime_of
 from vera_fx.model import mergeable, merging
+from vera_fx.model.containers import place_bank, remove_bank
 from vera_fx.model.model_class import extend, is_adapted, restore_class
 
 M = TypeVar("M", bound=nn.Module)
@@ -72,16 +73,23 @@ def adapt_with(
     projections: Mapping[str, Tensor],
     plan: Blueprint,
 ) -> None:
-    """Put a finished adapter on an unadapted model: the one step that changes the model."""
+    """Put a finished adapter on an unadapted model: the one step that changes the model.
+
+    Whatever it raises, the model is what it was before.
+    """
     bank = AdapterBank()
     bank.thawed = tuple(path for path, p in model.named_parameters() if p.requires_grad)
-    install(model, bank, name, adapter, projections, plan.targets)
-    model.requires_grad_(requires_grad=False)
-    model.add_module(BANK, bank)
-    bank.train(model.training)
-    bank.activate([name])
-    register_types(model)
-    extend(model)
+    try:
+        install(model, bank, name, adapter, projections, plan.targets)
+        model.requires_grad_(requires_grad=False)
+        place_bank(model, bank)
+        bank.train(model.training)
+        bank.activate([name])
+        register_types(model)
+        extend(model)
+    except BaseException:
+        _detach(model, bank)
+        raise
 
 
 def check_adaptable(model: nn.Module, config: AdapterConfig) -> None:
@@ -141,7 +149,7 @@ def _capture_example(model: nn.Module, inputs: Sequence[Any] | Mapping[str, Any]
         else:
             prepare(model, tuple(inputs), {})
     except BaseException:
-        _detach(model)
+        _detach(model, bank_of(model))
         raise
 
 
@@ -191,7 +199,7 @@ def unload(model: M, *, merge: bool = False, safe: bool = True) -> M:
         _merge_for_good(model, safe=safe)
     else:
         merging.unmerge(model)
-    _detach(model)
+    _detach(model, bank_of(model))
     return model
 
 
@@ -206,12 +214,12 @@ def _merge_for_good(model: nn.Module, *, safe: bool) -> None:
         merging.merge(model, todo, safe=False)
 
 
-def _detach(model: nn.Module) -> None:
+def _detach(model: nn.Module, bank: AdapterBank) -> None:
+    """Take everything off the model that adapting has put there, as far as it came."""
     unhook(model)
     restore_parts(model)
     restore_class(model)
-    thawed = bank_of(model).thawed
-    del model._modules[BANK]
-    for path in thawed:
+    remove_bank(model)
+    for path in bank.thawed:
         model.get_parameter(path).requires_grad_(True)
     model.__dict__.pop("_vera_runtime", None)

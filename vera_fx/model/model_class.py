@@ -1,53 +1,72 @@
 """Extends a model's class in place: same object, same parameters, another way to run forward."""
 
 import inspect
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 from torch import nn
 
 from vera_fx._context import class_made_of, traced_by_others
 from vera_fx._torch import skip_frame
 from vera_fx.bank.bank import bank_of
-from vera_fx.base.modules import original_class
+from vera_fx.base.modules import extended_class, is_extended, original_class
+from vera_fx.errors import AdapterError
 from vera_fx.graphs.around import finish, prepare
+from vera_fx.model.containers import container_methods
 from vera_fx.model.methods import methods_for
 from vera_fx.model.python_run import run_in_python
 
-
-class Adapted:
-    """Mixed into the class of an adapted model; ``vera_fx.unload`` takes it out again."""
-
-    _vera_base: type[nn.Module]
-
-    def extra_repr(self) -> str:
-        """One line for ``print(model)``: the adapters, beside the model's own."""
-        model = cast("nn.Module", self)
-        own = self._vera_base.extra_repr(model)
-        return "\n".join(line for line in (own, f"vera_fx: {bank_of(model).extra_repr()}") if line)
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        # Here, and not in the bank: before the base's first tensor is written to.
-        model = cast("nn.Module", self)
-        bank_of(model).check_loading(state_dict, prefix)
-        self._vera_base._load_from_state_dict(model, state_dict, prefix, *rest)
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # Pickle and deepcopy rebuild the extended class from the original, which is importable.
-        return _rebuild, (self._vera_base,), cast("nn.Module", self).__getstate__()
+_PURPOSE = "adapted"
 
 
 def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
     """The class of an adapted ``base``: a subclass with the same name and call signature."""
-    return class_made_of(base, "adapted", _extended)
+    return class_made_of(base, _PURPOSE, _extended)
 
 
 def _extended(base: type[nn.Module]) -> type[nn.Module]:
-    forward = _forward_for(base)
-    names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
-    names |= methods_for(base)
-    # The name stays: transformers looks models up by the name of their class.
-    kind = type(base.__name__, (Adapted, base), {**names, "_vera_base": base, "forward": forward})
-    return cast("type[nn.Module]", kind)
+    methods = {"forward": _forward_for(base), "extra_repr": _extra_repr, "__reduce_ex__": _reduce}
+    methods |= {"__new__": _plain, "_replicate_for_data_parallel": _refuse_replica}
+    methods |= methods_for(base) | container_methods(base)
+    load = methods.get("_load_from_state_dict", base._load_from_state_dict)
+    methods["_load_from_state_dict"] = _checked(load)
+    return extended_class(base, _PURPOSE, methods)
+
+
+def _checked(load: Any) -> Any:
+    def _load_from_state_dict(self: Any, state_dict: Any, prefix: str, *rest: Any) -> None:
+        # Here, and not in the bank: before the base's first tensor is written to.
+        bank_of(self).check_loading(state_dict, prefix)
+        load(self, state_dict, prefix, *rest)
+
+    return _load_from_state_dict
+
+
+def _extra_repr(self: Any) -> str:
+    """One line for ``print(model)``: the adapters, beside the model's own."""
+    own = original_class(self).extra_repr(self)
+    return "\n".join(line for line in (own, f"vera_fx: {bank_of(self).extra_repr()}") if line)
+
+
+def _reduce(self: Any, _protocol: Any) -> tuple[Any, ...]:
+    # Pickle and deepcopy rebuild the extended class from the original, which is importable.
+    return _rebuild, (original_class(self),), self.__getstate__()
+
+
+def _plain(cls: type[nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
+    """What calling the class makes: a model as it was, without adapters.
+
+    Slices of ``nn.Sequential`` and ``from_pretrained`` call the class of the model at hand.
+    """
+    return cast("Any", cls)._vera_base(*args, **kwargs)  # no instance of cls: no second __init__
+
+
+def _refuse_replica(self: Any) -> NoReturn:
+    name = original_class(self).__name__
+    raise AdapterError(
+        f"torch.nn.DataParallel cannot copy this {name}: it is adapted, and graphs read the weights of "
+        "the model that they were captured from, not a replica's; use DistributedDataParallel, one "
+        "process per device, or one device (CUDA_VISIBLE_DEVICES)"
+    )
 
 
 def _forward_for(base: type[nn.Module]) -> Any:
@@ -88,4 +107,4 @@ def restore_class(model: nn.Module) -> None:
 
 def is_adapted(model: nn.Module) -> bool:
     """True if ``model`` has been adapted and not unloaded."""
-    return isinstance(model, Adapted)
+    return is_extended(model, _PURPOSE)
