@@ -100,7 +100,11 @@ class _MergedLinear(torch.autograd.Function):
         del weight  # only its gradient, if the base was unfrozen after capture
         keeps_x = z is None or ctx.needs_input_grad[3]
         ctx.save_for_backward(x if keeps_x else None, z, merged, A, B, d, b)
-        return F.linear(x, merged, bias)
+        if x.ndim == 2:  # noqa: PLR2004
+            return F.linear(x, merged, bias)
+        # Not F.linear: it returns a view of a flat product, which no model could change in place.
+        flat = F.linear(x.reshape(-1, x.shape[-1]), merged, bias)
+        return torch.ops.aten._unsafe_view.default(flat, (*x.shape[:-1], flat.shape[-1]))
 
     @staticmethod
     @once_differentiable  # its wrapper has no names for the type checker
