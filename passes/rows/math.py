@@ -56,12 +56,14 @@ def normalised(node: Node, facts: RowFacts) -> Fact:
 
 
 def per_sample(node: Node, facts: RowFacts) -> Fact:
-    """Convolutions and pools: the first dimension holds independent samples."""
+    """Convolutions, pools and group_norm: the first dimension holds independent samples."""
+    # Convolutions and pools take a single sample, too, without that dimension.
+    least = 2 if op_name(node) == "group_norm" else 3
     rows = facts.of(node.args[0])
     others = facts.all_of(*node.args[1:])
     if not isinstance(rows, Rows) or any(fact is not None for _, fact in others):
         return lost(node, "takes a parameter that depends on the rows")
-    if rows.dim != 0 or len(shape_of(cast("Node", node.args[0]))) < 3:  # noqa: PLR2004
+    if rows.dim != 0 or len(shape_of(cast("Node", node.args[0]))) < least:
         return lost(node, "works across the rows")
     return rows.under(0)
 

@@ -49,7 +49,7 @@ _RULES: dict[str, Rule] = {
     **_named(row_math.unchanged, _SAME),
     **_named(row_math.pointwise, "where masked_fill_ fill_ zero_ type_as __and__ __or__ __xor__"),
     **_named(row_math.independent, _SHAPE_ONLY),
-    **_named(row_math.per_sample, f"conv1d conv2d conv3d {_POOLS}"),
+    **_named(row_math.per_sample, f"conv1d conv2d conv3d group_norm {_POOLS}"),
     **_named(row_math.matmul, "matmul mm bmm addmm baddbmm"),
     **_named(row_math.normalised, "layer_norm rms_norm"),
     **_named(row_moves.reshape, "view reshape _unsafe_view flatten unflatten"),

@@ -99,6 +99,13 @@ def shifted(x: Tensor, linear: Linear) -> Tensor:
     return linear(F.pad(x, (0, 0, 1, 0))[:, :-1]) + x.roll(1, 1).cumsum(1) * x.flip(1)
 
 
+def grouped(x: Tensor, linear: Linear) -> Tensor:
+    """Channels in groups, as UNet and wav2vec2 have them; with tokens behind them and without."""
+    scale = torch.linspace(0.5, 2, WIDTH, dtype=x.dtype)
+    y = F.group_norm(linear(x).transpose(1, 2), 2, scale, scale.sin()).transpose(1, 2)
+    return y + F.group_norm(linear(x[:, 0]), 2).unsqueeze(1)
+
+
 def sorted_tokens(x: Tensor, linear: Linear) -> Tensor:
     order = x.sum(-1, keepdim=True).argsort(1).expand(-1, -1, WIDTH)
     return linear(x.gather(1, order)).tanh()
@@ -114,7 +121,7 @@ KEEPING: dict[str, Step] = {
     step.__name__: step
     for step in (
         plain, heads, linear_in_heads, flat_tokens, tokens_first, flat_tokens_first, beams, expanded, tiled,
-        class_token, patches, windows, cross, pooled, split, shifted, sorted_tokens, last_token,
+        class_token, patches, windows, cross, pooled, split, shifted, grouped, sorted_tokens, last_token,
     )
 }  # fmt: skip
 """Steps that keep every position with one row."""
@@ -139,13 +146,18 @@ def attends_to_rows(x: Tensor, linear: Linear) -> Tensor:
     return linear(F.scaled_dot_product_attention(y, y, y).transpose(0, 1))
 
 
+def grouped_rows(x: Tensor, linear: Linear) -> Tensor:
+    """The rows where group_norm takes channels."""
+    return linear(F.group_norm(x.transpose(0, 1), 2).transpose(0, 1))
+
+
 def untold(x: Tensor, linear: Linear) -> Tensor:
     """Reshaped so that no dimension holds the rows any more."""
     return linear(x.reshape(2, -1, WIDTH).cumsum(1)).reshape(x.shape)
 
 
 LOSING: dict[str, Step] = {
-    step.__name__: step for step in (turned, centred, paired, attends_to_rows, untold)
+    step.__name__: step for step in (turned, centred, paired, attends_to_rows, grouped_rows, untold)
 }
 """Steps whose layer reads positions that depend on several rows, or on no row that can be told."""
 
