@@ -143,6 +143,23 @@ def load_archive(file: Any) -> tuple[Any, dict[str, str]]:
     return found.exported_programs["model"], found.extra_files
 
 
+def normal_tensors() -> contextlib.AbstractContextManager[None]:
+    """Inside the block tensors are made that may train, also within ``torch.inference_mode()``.
+
+    What is made in inference mode never can, and nothing says so until a backward.
+    """
+    return cast("contextlib.AbstractContextManager[None]", torch.inference_mode(mode=False))
+
+
+def generators_kept(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Afterwards the random generators of the CPU and of ``device`` stand where they stood."""
+    if device.type in {"cpu", "meta"} or not hasattr(
+        torch.get_device_module(device), "default_generators"
+    ):
+        return torch.random.fork_rng(devices=[])
+    return torch.random.fork_rng(devices=[cast("Any", device)], device_type=device.type)
+
+
 def any_autocast() -> bool:
     """True if autocast is on for any type of device."""
     return bool(torch._C._is_any_autocast_enabled())

@@ -15,6 +15,7 @@ from tests.helpers import (
     main_output,
 )
 from tests.models import Attention
+from vera_fx._torch import generators_kept
 from vera_fx.branches.vera.kind import VERA
 from vera_fx.graphs import timing
 from vera_fx.passes import PLANS, ReadWeight, Target, Workload
@@ -43,6 +44,37 @@ def test_timing_leaves_the_random_state_alone() -> None:
         11, TARGET, Workload((5,), trains=True), 1
     )
     assert torch.equal(torch.rand(2), expected)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_generators_of_the_device_are_kept(kind: str) -> None:
+    if kind == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    device = torch.device(kind)
+    torch.manual_seed(4)
+    expected = torch.rand(2), torch.rand(2, device=device)
+    torch.manual_seed(4)
+    timing.TimedCosts(VERA, torch.float32, device)(
+        13, TARGET, Workload((5,), trains=True, request="timed"), 1
+    )
+    assert torch.equal(torch.rand(2), expected[0])
+    assert torch.equal(torch.rand(2, device=device), expected[1])
+
+
+def test_the_generator_of_an_accelerator_is_forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, object]] = []
+    fork = torch.random.fork_rng
+
+    def forked(**given: object) -> object:
+        asked.append(given)
+        return fork(devices=[])
+
+    monkeypatch.setattr(torch.random, "fork_rng", forked)
+    for name in ("cpu", "cuda:1"):
+        with generators_kept(torch.device(name)):
+            pass
+
+    assert asked == [{"devices": []}, {"devices": [torch.device("cuda:1")], "device_type": "cuda"}]
 
 
 @pytest.mark.parametrize("fastest", PLANS)

@@ -98,6 +98,7 @@ class Adapter(nn.Module):
         config: what it was made from.
         projections: the key of its projections in the bank.
         trainable: False for an adapter loaded for inference, which never trains.
+        learning: whether it trains, when it is not resting inside ``disable_adapters``.
         vectors: `Vectors` by target path.
         copies: modules trained in full (``modules_to_save``) and `TrainedBias`, by module path.
         origin: what its files said of the base that it was trained on, if it was loaded.
@@ -109,6 +110,7 @@ class Adapter(nn.Module):
         self.config = config
         self.projections = projections
         self.trainable = trainable
+        self.learning = False
         self.vectors = Tree()
         self.copies = Tree()
         self.frozen: set[str] = set()
@@ -141,14 +143,20 @@ class Adapter(nn.Module):
         """Whether it has a branch at the target, or its own value of the tensor, at ``path``."""
         return path in self.vectors.by_path or path in self.copied
 
-    def let_train(self, *, allowed: bool) -> None:
-        """Train from now on, or no more. One that was loaded for inference never does."""
+    def let_train(self, *, allowed: bool, now: bool = True) -> None:
+        """Train from now on, or no more. One that was loaded for inference never does.
+
+        Args:
+            allowed: whether it trains.
+            now: False inside ``disable_adapters``, where nothing requires gradients until it ends.
+        """
         if self.trainable:
+            self.learning = allowed
             # Not self.requires_grad_: a walk by names costs several times the flags themselves.
             for vectors in self.vectors.by_path.values():
                 for parameter in vectors._parameters.values():
-                    cast("Tensor", parameter).requires_grad = allowed
-            self.copies.requires_grad_(allowed)
+                    cast("Tensor", parameter).requires_grad = allowed and now
+            self.copies.requires_grad_(allowed and now)
 
     def __repr__(self) -> str:
         count = sum(p.numel() for p in self.parameters())

@@ -52,7 +52,7 @@ class AdapterBank(nn.Module):
         self.active: tuple[str, ...] = ()
         self.folded: dict[str, Folded] = {}
         self.disabled = 0
-        self._resting: tuple[tuple[Adapter, ...], list[tuple[Adapter, str]]] = (), []
+        self._resting: list[tuple[Adapter, list[str]]] = []
         self.thawed: tuple[str, ...] = ()
         self.register_load_state_dict_post_hook(_rebind)
 
@@ -117,27 +117,30 @@ class AdapterBank(nn.Module):
         # All others are frozen already: a switch costs the same however many there are.
         for name in dict.fromkeys((*before, *self.active)):
             if name in self.adapters:
-                self.adapter(name).let_train(allowed=name in self.active and self.enabled)
+                self.adapter(name).let_train(allowed=name in self.active, now=self.enabled)
         self.bind()
 
     def rest(self) -> None:
         """Let nothing require gradients; `wake` gives back who did."""
-        adapters = tuple(self.adapter(name) for name in self.active)
-        named = [(a, n, p) for a in adapters for n, p in a.named_parameters() if p.requires_grad]
-        self._resting = adapters, [(adapter, name) for adapter, name, _ in named]
-        for _, _, parameter in named:
-            parameter.requires_grad = False
+        for name in self.adapters:
+            adapter = self.adapter(name)
+            if adapter.learning or name in self.active:
+                named = [(n, p) for n, p in adapter.named_parameters() if p.requires_grad]
+                self._resting.append((adapter, [n for n, _ in named]))
+                for _, parameter in named:
+                    parameter.requires_grad = False
 
     def wake(self) -> None:
         """Let those require gradients that did; after a switch, those of the adapters active now."""
-        before, training = self._resting
-        self._resting = (), []
-        now = [self.adapter(name) for name in self.active]
-        if len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True)):
-            self.activate(self.active)
-            return
-        for adapter, name in training:
-            adapter.get_parameter(name).requires_grad = True
+        resting, self._resting = self._resting, []
+        for name in self.adapters:
+            adapter = self.adapter(name)
+            before = [names for other, names in resting if other is adapter]
+            if before and (adapter.learning or name in self.active):
+                for parameter in before[0]:
+                    adapter.get_parameter(parameter).requires_grad = True
+            elif adapter.learning:
+                adapter.let_train(allowed=True)
 
     def computing(self) -> tuple[str, ...]:
         """Names of the adapters whose branches graphs compute now."""
@@ -227,7 +230,7 @@ def _take_over(bank: AdapterBank, state: Mapping[str, Any]) -> None:
         )
     for name in set(state) - set(AdapterBank().__dict__):
         del bank.__dict__[name]
-    bank.folded, bank.disabled, bank._resting = {}, 0, ((), [])
+    bank.folded, bank.disabled, bank._resting = {}, 0, []
     bank.shared = ProjectionSet(bank.projections)
     bank.structure = Structure.restored(state)
     bank.slots = SlotTable(bank, stale=True)

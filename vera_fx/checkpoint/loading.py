@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from vera_fx._torch import normal_tensors
 from vera_fx.bank.adapter import Adapter
 from vera_fx.bank.bank import bank_of
 from vera_fx.bank.blueprint import Blueprint
@@ -68,14 +69,14 @@ def load_adapter(
         AdapterError: the name is taken or cannot be used. The model is unchanged after both.
     """
     check_name(adapter_name, bank_of(model).adapters if is_adapted(model) else ())
-    with open_saved(path_of(directory)) as saved:
+    with normal_tensors(), open_saved(path_of(directory)) as saved:
         config = saved.config.replace(plan=plan)
         if not is_adapted(model):
             check_adaptable(model, config)
         layout = plan_of(model, config, saved.folder, autocast=autocast_adapter_dtype)
         adapter = build_adapter(model, layout, trainable=trainable, empty=True)
         pair = _filled(model, saved, layout, adapter, finite=not allow_nonfinite)
-    _join(model, adapter_name, adapter, pair, layout)
+        _join(model, adapter_name, adapter, pair, layout)
     saved.warn_of_changes(stacklevel=2)
     return model
 
@@ -87,11 +88,16 @@ def _join(
     projections: Mapping[str, Tensor],
     layout: Blueprint,
 ) -> None:
-    """Put a finished adapter on the model; it becomes active if no other is."""
+    """Put a finished adapter on the model; it becomes active if no other is.
+
+    One that may train requires gradients from now on, as in PEFT: an optimiser that is made before
+    the switch to it has to find it.
+    """
     if is_adapted(model):
         bank = bank_of(model)
         install(model, bank, name, adapter, projections, layout.targets)
         bank.activate(bank.active or (name,))
+        adapter.let_train(allowed=True, now=bank.enabled)
     else:
         adapt_with(model, name, adapter, projections, layout)
     if not adapter.trainable and bank_of(model).active == (name,):

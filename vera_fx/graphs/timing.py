@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from vera_fx._context import cached
+from vera_fx._torch import generators_kept
 from vera_fx.branches.kinds import kind_named
 from vera_fx.branches.protocol import BranchKind
 from vera_fx.passes import PLANS, Target, Workload, allowed
@@ -52,7 +53,7 @@ def _times(
 ) -> Mapping[str, float]:
     """Seconds of every plan beyond the base, and of the base, per site."""
     with (
-        torch.random.fork_rng(devices=[]),
+        generators_kept(device),
         torch.inference_mode(False),
         torch.set_grad_enabled(trains),
     ):

@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from vera_fx._torch import normal_tensors
 from vera_fx.bank.adapter import Adapter
 from vera_fx.bank.bank import AdapterBank, bank_of
 from vera_fx.bank.blueprint import Blueprint, blueprint
@@ -59,8 +60,10 @@ def adapt(
     """
     check_adaptable(model, config)
     check_name(adapter_name, taken=())
-    plan = blueprint(model, config, resolve_targets(model, config), autocast=autocast_adapter_dtype)
-    adapt_with(model, adapter_name, build_adapter(model, plan), draw(plan), plan)
+    targets = resolve_targets(model, config)
+    plan = blueprint(model, config, targets, autocast=autocast_adapter_dtype)
+    with normal_tensors():
+        adapt_with(model, adapter_name, build_adapter(model, plan), draw(plan), plan)
     if example_inputs is not None:
         _capture_example(model, example_inputs)
     return model

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from vera_fx._context import changing, one_at_a_time
+from vera_fx._torch import normal_tensors
 from vera_fx.bank.bank import AdapterBank
 from vera_fx.bank.blueprint import blueprint
 from vera_fx.bank.build import build_adapter, draw, install
@@ -53,8 +54,9 @@ def add_adapter(
             f"adapter {name!r} would start from copies of {listing([*plan.saved, *plan.biases])}, and "
             f"{listing(bank.merged)} is merged into the base; unmerge the model before adding it"
         )
-    adapter = build_adapter(model, plan)
-    install(model, bank, name, adapter, draw(plan), plan.targets)
+    with normal_tensors():
+        adapter = build_adapter(model, plan)
+        install(model, bank, name, adapter, draw(plan), plan.targets)
     bank.bind()
 
 
