@@ -60,7 +60,7 @@ class Machine(RuleBasedStateMachine):
         assert vera_fx.adapt(self.model, config, adapter_name="a") is self.model
         self.compile()
         self.register("a")
-        self.world.active = ["a"]
+        self.world.activate(["a"])
 
     def config(self, r: int, targets: list[str], plan: str, *, head: bool) -> vera_fx.VeraConfig:
         saved = ["head"] if head and "head" not in targets else None
@@ -93,6 +93,7 @@ class Machine(RuleBasedStateMachine):
             {**new, "base_model.vera_A": one.A, "base_model.vera_B": one.B}
         )
         self.world.adapters[name].trainable = one.trainable
+        self.world.adapters[name].learns = one.learns
 
     # --- the rules ---------------------------------------------------------------------------------
 
@@ -124,7 +125,7 @@ class Machine(RuleBasedStateMachine):
         ):
             vera_fx.set_adapter(self.model, names)
         self.world.unmerge()
-        self.world.active = names
+        self.world.activate(names)
 
     @rule(which=WHICH)
     def delete(self, which: int) -> None:
@@ -137,7 +138,7 @@ class Machine(RuleBasedStateMachine):
             warnings.simplefilter("ignore")
             vera_fx.delete_adapter(self.model, name)
         del world.adapters[name]
-        world.active = [kept for kept in world.active if kept != name]
+        world.activate([kept for kept in world.active if kept != name])
 
     @precondition(lambda self: len(self.blocks) < 2)
     @rule()
@@ -256,9 +257,9 @@ class Machine(RuleBasedStateMachine):
             vera_fx.save_adapter(self.model, folder, adapter_name=source)
             vera_fx.load_adapter(self.model, folder, adapter_name=name, trainable=trainable)
         world.adapters[name] = world.adapters[source].copied()
-        world.adapters[name].trainable = trainable
+        world.adapters[name].trainable = world.adapters[name].learns = trainable
         if not world.active:
-            world.active = [name]
+            world.activate([name])
 
     @rule(training=st.booleans())
     def mode(self, training: bool) -> None:
@@ -339,7 +340,7 @@ class Machine(RuleBasedStateMachine):
         )
         self.compile()
         self.register("a")
-        world.active = ["a"]
+        world.activate(["a"])
 
     # --- what always holds ------------------------------------------------------------------------
 

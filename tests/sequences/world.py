@@ -53,7 +53,7 @@ class Mixed(Abstract, Net):
         return Net.forward(self, x)
 
 
-KINDS: dict[str, type[Net]] = {"plain": Net, "reused": Reused}
+KINDS: dict[str, type[Net]] = {"plain": Net, "reused": Reused, "mixed in": Mixed}
 
 
 @dataclass
@@ -66,6 +66,8 @@ class Own:
         vectors: ``(d, b)`` by target.
         head: its own weight and bias of the head, if it has them.
         folded: its vectors and head as they went into the base, while it is merged.
+        trainable: whether it ever trains.
+        learns: whether it trains now, if it is not off.
     """
 
     A: Tensor
@@ -74,13 +76,14 @@ class Own:
     head: tuple[Tensor, Tensor] | None = None
     folded: "Own | None" = None
     trainable: bool = True
+    learns: bool = False
 
     def copied(self) -> "Own":
         vectors = {
             path: (d.detach().clone(), b.detach().clone()) for path, (d, b) in self.vectors.items()
         }
         head = self.head and (self.head[0].detach().clone(), self.head[1].detach().clone())
-        return Own(self.A, self.B, vectors, head, trainable=self.trainable)
+        return Own(self.A, self.B, vectors, head, trainable=self.trainable, learns=self.learns)
 
     def tensors(self) -> dict[str, Tensor]:
         """What it trains, by PEFT's key."""
@@ -192,7 +195,12 @@ class World:
             self.unmerge()
             self.merge(merged)
 
+    def activate(self, names: list[str]) -> None:
+        for name in {*self.active, *names} & self.adapters.keys():
+            self.adapters[name].learns = self.adapters[name].trainable and name in names
+        self.active = names
+
     def trained(self) -> dict[str, dict[str, Tensor]]:
         """What requires gradients, by adapter and key."""
-        training = [name for name in self.active if self.adapters[name].trainable]
-        return {} if self.disabled else {n: self.adapters[n].tensors() for n in training}
+        learning = {name: one for name, one in self.adapters.items() if one.learns}
+        return {} if self.disabled else {name: one.tensors() for name, one in learning.items()}

@@ -236,6 +236,7 @@ def _take_over(bank: AdapterBank, state: Mapping[str, Any]) -> None:
     bank.slots = SlotTable(bank, stale=True)
     for name in bank.adapters:
         adapter = bank.adapter(name)
+        adapter.learning = adapter.trainable and name in bank.active
         targets = {path: bank.structure.targets[path] for path in adapter.vectors.by_path}
         bank.structure.lay_out(adapter, targets)
 
