@@ -1,10 +1,12 @@
 """The suite has teeth: sabotaged passes must be caught by the checks that the tests rely on.
 
 Each sabotage is a small change of the graph that a faulty pass could make. It is applied after
-the real passes, and the standard check (outputs and gradients against the hook oracle) must fail.
+the real passes, and the standard check (outputs and gradients against the hook oracle) must fail:
+by a value that is wrong. A sabotage that only crashes would say nothing about the check.
 """
 
 import copy
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -31,14 +33,17 @@ from vera_fx.passes import tag_of
 
 X = torch.randn(2, 6, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 CONFIG = vera_fx.VeraConfig(r=3, target_modules=["query", "key", "out"], plan="factored")
+WRONG_VALUE = r"largest difference \d"
+"""What `assert_close` says of values; other failures of the check, crashes above all, do not count."""
+
 aten = torch.ops.aten
 
 
-def build() -> tuple[nn.Module, nn.Module, GraphModule]:
+def build(plan: str = "factored") -> tuple[nn.Module, nn.Module, GraphModule]:
     """A model, its oracle and the adapted graph that a sabotage may edit."""
     torch.manual_seed(0)
     base = Attention().double().eval()
-    model = vera_fx.adapt(copy.deepcopy(base), CONFIG)
+    model = vera_fx.adapt(copy.deepcopy(base), dataclasses.replace(CONFIG, plan=plan))
     fill_vectors(model)
     model(X)
     (captures,) = runtime_of(model).kept.captures.values()
@@ -134,6 +139,71 @@ def frozen_constant(graph: GraphModule) -> None:
     node.target = "_baked"
 
 
+def swap_places(function: str, first: int, second: int) -> Callable[[GraphModule], None]:
+    """Let a function take one of its arguments in the place of another."""
+
+    def sabotage(graph: GraphModule) -> None:
+        node = calls_of(graph, function)[0]
+        args = list(node.args)
+        args[first], args[second] = args[second], args[first]
+        node.args = tuple(args)
+
+    return sabotage
+
+
+def take_of_next(function: str, place: int) -> Callable[[GraphModule], None]:
+    """Let a function read what the next call of that function reads."""
+
+    def sabotage(graph: GraphModule) -> None:
+        node, following = calls_of(graph, function)[:2]
+        node.update_arg(place, following.args[place])
+
+    return sabotage
+
+
+def without(function: str, place: int) -> Callable[[GraphModule], None]:
+    """Let a function do without one of its arguments."""
+
+    def sabotage(graph: GraphModule) -> None:
+        calls_of(graph, function)[0].update_arg(place, None)
+
+    return sabotage
+
+
+def calls_of(graph: GraphModule, function: str) -> list[Node]:
+    calls = [n for n in graph.graph.nodes if n.op == "call_function"]
+    return [n for n in calls if getattr(n.target, "__name__", "") == function]
+
+
+def scale(role: str) -> Callable[[GraphModule], None]:
+    """Multiply a node by a number that is close to 1."""
+
+    def sabotage(graph: GraphModule) -> None:
+        node = by_role(graph, role)[0]
+        with graph.graph.inserting_after(node):
+            more = graph.graph.call_function(aten.mul.Tensor, (node, 1.0001))
+        node.replace_all_uses_with(more, delete_user_cb=lambda user: user is not more)
+
+    return sabotage
+
+
+MERGED = {
+    "read another site's lambda_d": take_of_next("merged_weight", 3),
+    "read another site's lambda_b": take_of_next("merged_weight", 4),
+    "merge into another site's weight": take_of_next("merged_weight", 0),
+    "gradients by another site's lambda_d": take_of_next("merged_linear", 7),
+    "gradients by another site's lambda_b": take_of_next("merged_linear", 8),
+    "forget the bias": without("merged_linear", 4),
+    "multiply by the base's weight": swap_places("merged_linear", 2, 3),
+}
+SCALED = {
+    "drop lambda_b": drop("b_rows"),
+    "drop lambda_d": drop("E"),
+    "cut the gradient of E": detach("E"),
+    "cut the gradient of z": detach("z"),
+    "a little too much": scale("E"),
+    "ignore the branch": drop("scaled"),
+}
 SABOTAGES = {
     "drop the update": drop("add"),
     "drop lambda_d": drop("h"),
@@ -150,18 +220,29 @@ SABOTAGES = {
 }
 
 
-def test_the_check_passes_without_sabotage() -> None:
-    model, oracle, _ = build()
+@pytest.mark.parametrize("plan", ["factored", "merged", "dense", "scaled"])
+def test_the_check_passes_without_sabotage(plan: str) -> None:
+    model, oracle, _ = build(plan)
     standard_check(model, oracle)
 
 
-@pytest.mark.parametrize("name", SABOTAGES)
-def test_sabotage_is_caught(name: str) -> None:
-    model, oracle, graph = build()
-    SABOTAGES[name](graph)
+EVERY = [
+    *(("factored", name, sabotage) for name, sabotage in SABOTAGES.items()),
+    *(("merged", name, sabotage) for name, sabotage in MERGED.items()),
+    *(("dense", name, sabotage) for name, sabotage in MERGED.items()),
+    *(("scaled", name, sabotage) for name, sabotage in SCALED.items()),
+]
+
+
+@pytest.mark.parametrize(
+    ("plan", "sabotage"), [e[::2] for e in EVERY], ids=[": ".join(e[:2]) for e in EVERY]
+)
+def test_sabotage_is_caught(plan: str, sabotage: Callable[[GraphModule], None]) -> None:
+    model, oracle, graph = build(plan)
+    sabotage(graph)
     graph.graph.lint()
     graph.recompile()
-    with pytest.raises((AssertionError, RuntimeError)):
+    with pytest.raises(AssertionError, match=WRONG_VALUE):
         standard_check(model, oracle)
 
 
@@ -169,7 +250,7 @@ def test_sabotage_is_caught(name: str) -> None:
 def test_wrong_projections_are_caught(field: str) -> None:
     model, oracle, _ = build()
     setattr(model.vera.slot0, field, getattr(model.vera.slot0, field).roll(1, 0))
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match=WRONG_VALUE):
         standard_check(model, oracle)
 
 
@@ -178,7 +259,7 @@ def test_stale_slot_is_caught() -> None:
     slot = model.vera.slot0
     for name, value in list(slot.__dict__.items()):
         setattr(slot, name, value.detach().clone() * 1.001)
-    with pytest.raises((AssertionError, RuntimeError)):
+    with pytest.raises(AssertionError, match=WRONG_VALUE):
         standard_check(model, oracle)
 
 
