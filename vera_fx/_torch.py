@@ -12,6 +12,7 @@ from torch._C._dynamo.guards import RootGuardManager, TensorGuards, dict_version
 from torch._dynamo.eval_frame import set_eval_frame, skip_code
 from torch._dynamo.guards import GuardManagerType
 from torch.export.pt2_archive._package import load_pt2
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils import _pytree as pytree
 
@@ -24,6 +25,9 @@ tree_unflatten = pytree.tree_unflatten
 tree_map = pytree.tree_map
 tree_flatten_with_path = pytree.tree_flatten_with_path
 register_pytree_node = pytree.register_pytree_node
+
+SIZE_QUESTIONS = ((ShapeEnv, "evaluate_expr"), (ShapeEnv, "simplify"))
+"""Methods by which a trace asks about open sizes; slow traces spend their time below them."""
 
 
 def outside_dynamo(fn: Callable[P, R]) -> Callable[P, R]:

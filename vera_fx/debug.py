@@ -2,7 +2,9 @@
 
 ``VERA_FX_DUMP=dir`` writes every graph before and after each pass; ``VERA_FX_VERIFY=1`` checks each
 pass against its report; ``VERA_FX_PASS_LIMIT=n`` stops after n passes; ``VERA_FX_OUTLINE=n`` makes
-one function of n and more equal layers (0: of none).
+one function of n and more equal layers (0: of none). ``VERA_FX_CAPTURE_SECONDS=n`` is how long a
+capture that leaves every size open may take (0: any time), and ``VERA_FX_PROGRESS=0`` hides the line that
+shows how far it is.
 """
 
 import os
@@ -43,3 +45,27 @@ def outline_least() -> int:
     if not least.isdecimal():
         raise ConfigError(f"VERA_FX_OUTLINE must be a number of layers or 0, got {least!r}")
     return int(least)
+
+
+def capture_seconds() -> float:
+    """How long opening sizes may take, beside what every operator takes; 0 for any time.
+
+    Raises:
+        ConfigError: the knob is no number.
+    """
+    seconds = os.environ.get("VERA_FX_CAPTURE_SECONDS", "10")
+    if not seconds.isdecimal():
+        raise ConfigError(f"VERA_FX_CAPTURE_SECONDS must be a number of seconds, got {seconds!r}")
+    return float(seconds)
+
+
+def shows_progress() -> bool:
+    """Whether a capture that takes a while may say so.
+
+    Raises:
+        ConfigError: the knob has a value that it cannot have.
+    """
+    progress = os.environ.get("VERA_FX_PROGRESS", "1")
+    if progress not in {"0", "1"}:
+        raise ConfigError(f"VERA_FX_PROGRESS must be 0 or 1, got {progress!r}")
+    return progress == "1"

@@ -68,6 +68,10 @@ def _cut(text: str, limit: int) -> str:
     return f"{text[: limit - end]} ...({len(text) - limit} characters more)... {text[-end:]}"
 
 
+class FixedSizesWarning(UserWarning):
+    """Leaving every size of a call open took too long: calls of other sizes are captured anew."""
+
+
 def nearest(word: str, known: Iterable[str], *, limit: int = 3) -> str:
     """``"; did you mean 'a', 'b'?"`` for the known words closest to ``word``, or nothing."""
     some = list(itertools.islice(known, _COMPARED))

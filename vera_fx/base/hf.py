@@ -24,6 +24,14 @@ def register_types(model: nn.Module) -> None:
         register_cache_pytrees_for_model(cast("Any", model))
 
 
+def hides_progress() -> bool:
+    """True if transformers is in use and was told to show no progress, or nothing but errors."""
+    logging = sys.modules.get("transformers.utils.logging")
+    if logging is None:
+        return False
+    return not logging.is_progress_bar_enabled() or logging.get_verbosity() > logging.WARNING
+
+
 @contextlib.contextmanager
 def export_patches(model: nn.Module) -> Iterator[None]:
     """Surroundings for an export: stateful attributes put aside, code that traces well."""

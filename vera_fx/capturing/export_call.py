@@ -5,6 +5,7 @@ then bound to the model itself: it shares the model's dictionaries of modules, p
 buffers, so that whatever is assigned, moved or loaded there later is what the graph reads.
 """
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -18,10 +19,11 @@ from torch.fx.graph import CodeGen
 from vera_fx._torch import TreeSpec
 from vera_fx.base.hf import capture_hint
 from vera_fx.base.modules import BANK
+from vera_fx.capturing.budget import Opening, OutOfTime
 from vera_fx.capturing.returned_objects import Stateful
 from vera_fx.capturing.signature import Call, CallReader
 from vera_fx.capturing.trace import aliased, trace
-from vera_fx.errors import CaptureError, first_line
+from vera_fx.errors import CaptureError, FixedSizesWarning, first_line
 from vera_fx.passes import PipelineReport, cleanup, resolve
 from vera_fx.pipelines import run_pipeline
 
@@ -43,6 +45,7 @@ class Capture:
         aliased: paths of the model's tensors that the code read by another way than their modules.
         variants: adapted graphs made from it, by the bank's structure and the plans.
         planners: what chooses the plans, by the bank's structure.
+        opening: which sizes it was to leave open.
         used: when it was last asked for, to tell which one to give up.
     """
 
@@ -58,6 +61,7 @@ class Capture:
     aliased: tuple[str, ...] = ()
     variants: dict[Any, dict[Any, Any]] = field(default_factory=dict[Any, dict[Any, Any]])
     planners: dict[Any, Any] = field(default_factory=dict[Any, Any])
+    opening: Opening = Opening.ALL
     used: int = 0
 
 
@@ -85,7 +89,13 @@ class Guards:
         return bool(self._env.evaluate_guards_expression(self._code, leaves))
 
 
-def capture_call(model: nn.Module, forward: Any, reader: CallReader, call: Call) -> Capture:
+def capture_call(
+    model: nn.Module,
+    forward: Any,
+    reader: CallReader,
+    call: Call,
+    opening: Opening = Opening.ALL,
+) -> Capture:
     """Export the call and bind the graph to ``model``.
 
     Args:
@@ -93,15 +103,25 @@ def capture_call(model: nn.Module, forward: Any, reader: CallReader, call: Call)
         forward: the original, unbound forward of the model's class.
         reader: the reader that took ``call`` apart.
         call: the call to capture; its tensors are copied, never written to.
+        opening: which sizes to leave open, if that does not take too long.
 
     Raises:
         CaptureError: torch.export cannot trace the call.
+
+    Warns:
+        FixedSizesWarning: leaving these sizes open takes too long, so fewer were.
     """
     stateful = Stateful.of(call.arguments)
-    try:
-        exported, checkpointed = trace(model, forward, reader, call, stateful)
-    except Exception as error:
-        raise CaptureError(_explain(model, call, error)) from error
+    found = None
+    while found is None:
+        try:
+            found = trace(model, forward, reader, call, stateful, opening)
+        except OutOfTime:
+            _tell(model, call, opening)
+            opening = opening.next()
+        except Exception as error:
+            raise CaptureError(_explain(model, call, error)) from error
+    exported, checkpointed = found
     graph = bind_live(exported, model)
     report = run_pipeline(graph, cleanup(), "capture")
     values = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
@@ -116,6 +136,7 @@ def capture_call(model: nn.Module, forward: Any, reader: CallReader, call: Call)
         values=values,
         checkpointed=checkpointed,
         aliased=tuple(aliased(exported, model)),
+        opening=opening,
     )
 
 
@@ -150,6 +171,17 @@ def _drop_constant_inputs(graph: Graph) -> None:
         if node.op == "placeholder" and not isinstance(node.meta.get("val"), Tensor):
             node.replace_all_uses_with(node.meta.get("val"))
             graph.erase_node(node)
+
+
+def _tell(model: nn.Module, call: Call, opening: Opening) -> None:
+    warnings.warn(
+        f"{type(model).__name__}({', '.join(call.arguments)}) takes too long to capture with "
+        f"{opening.value} left open; now it is captured with {opening.next().value} left open, so that "
+        "calls of other sizes are captured anew. Let calls have few different sizes, or allow more "
+        "seconds: VERA_FX_CAPTURE_SECONDS=n (0: any time).",
+        FixedSizesWarning,
+        stacklevel=2,
+    )
 
 
 def _explain(model: nn.Module, call: Call, error: BaseException) -> str:

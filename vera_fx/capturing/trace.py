@@ -12,6 +12,7 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from vera_fx._context import capturing
 from vera_fx.base.hf import checkpointing_recorded, export_patches
 from vera_fx.base.modules import in_bank
+from vera_fx.capturing.budget import Clock, Opening
 from vera_fx.capturing.open_integers import sizes_as_integers
 from vera_fx.capturing.returned_objects import Stateful, mark_returned
 from vera_fx.capturing.shell import shell_of
@@ -19,7 +20,12 @@ from vera_fx.capturing.signature import Call, CallReader, map_tensors
 
 
 def trace(
-    model: nn.Module, forward: Any, reader: CallReader, call: Call, stateful: Stateful
+    model: nn.Module,
+    forward: Any,
+    reader: CallReader,
+    call: Call,
+    stateful: Stateful,
+    opening: Opening = Opening.ALL,
 ) -> tuple[ExportedProgram, frozenset[str]]:
     """Export one call of a model.
 
@@ -29,13 +35,16 @@ def trace(
         reader: the reader that took ``call`` apart.
         call: the call; its tensors are copied.
         stateful: the arguments that are objects with a state of their own.
+        opening: which sizes to leave open.
 
     Returns:
         The program; and the paths of layers under gradient checkpointing.
 
     Raises:
         Exception: whatever torch.export or the model's forward raises.
+        OutOfTime: leaving these sizes open takes too long.
     """
+    clock = Clock(f"{type(model).__name__}({', '.join(call.arguments)})", opening)
     copies = {name: map_tensors(value, _copy) for name, value in call.inputs.items()}
     inputs = {
         f"input_{i}": copies[name] for i, name in enumerate(copies) if _has_tensor(copies[name])
@@ -48,20 +57,24 @@ def trace(
             sizes_as_integers(value)
         args, kwargs = reader.split(arguments)
         try:
-            result = forward(shell, *args, **kwargs)
+            with clock:
+                result = forward(shell, *args, **kwargs)
         except Exception as error:
             raise _Stopped from error
         return mark_returned(result, stateful.pick(arguments))
 
-    found = _traced(shell_of(model, run, list(inputs)), inputs)
-    if any(True for _ in aliased(found[0], model)):
-        # Some code holds on to the live modules, past the ones that it was given: let it have them.
-        found = _traced(shell_of(model, run, list(inputs), live=True), inputs)
+    with clock.running():
+        shapes = _dynamic_shapes(inputs, opening)
+        found = _traced(shell_of(model, run, list(inputs)), inputs, shapes)
+        if any(True for _ in aliased(found[0], model)):
+            # Some code holds on to the live modules, past the ones that it was given: let it have them.
+            found = _traced(shell_of(model, run, list(inputs), live=True), inputs, shapes)
     return found
 
 
-def _traced(shell: nn.Module, inputs: dict[str, Any]) -> tuple[ExportedProgram, frozenset[str]]:
-    shapes = cast("Any", _dynamic_shapes(inputs))
+def _traced(
+    shell: nn.Module, inputs: dict[str, Any], shapes: Any
+) -> tuple[ExportedProgram, frozenset[str]]:
     try:
         with _tracing(shell), checkpointing_recorded(shell) as checkpointed:
             exported = torch.export.export(shell, (), inputs, strict=False, dynamic_shapes=shapes)
@@ -98,13 +111,13 @@ def _has_tensor(value: Any) -> bool:
     return bool(found)
 
 
-def _dynamic_shapes(inputs: dict[str, Any]) -> ShapesCollection | None:
+def _dynamic_shapes(inputs: dict[str, Any], opening: Opening) -> ShapesCollection | None:
     shapes = ShapesCollection()
     some = False
 
     def mark(value: Tensor) -> Tensor:
         nonlocal some
-        dims = {dim: Dim.AUTO for dim, size in enumerate(value.shape) if size > 1}
+        dims = dict.fromkeys(opening.opens(value), Dim.AUTO)
         if dims:
             shapes[value] = dims
             some = True

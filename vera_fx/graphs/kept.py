@@ -7,6 +7,7 @@ from typing import Any
 
 from torch.fx import GraphModule
 
+from vera_fx.capturing.budget import Opening
 from vera_fx.capturing.export_call import Capture
 from vera_fx.errors import TargetError
 
@@ -47,6 +48,7 @@ class Kept:
     graphs: int = GRAPHS
     _known: dict[Hashable, Ready | None] = field(default_factory=dict[Hashable, Ready | None])
     _refusals: dict[Hashable, str] = field(default_factory=dict[Hashable, str])
+    _openings: dict[Hashable, Opening] = field(default_factory=dict[Hashable, Opening])
     _clock: int = 0
 
     def all(self) -> Iterator[Capture]:
@@ -62,6 +64,10 @@ class Kept:
             found.capture.used = self._clock
         return found
 
+    def opening(self, structure: Hashable) -> Opening:
+        """Which sizes to leave open in calls of a structure."""
+        return self._openings.get(structure, Opening.ALL)
+
     def put(self, call: Hashable, ready: Ready | None) -> None:
         """Note what an exact call runs."""
         if len(self._known) >= self.calls:
@@ -74,6 +80,10 @@ class Kept:
         self.made += 1
         self._clock += 1
         capture.used = self._clock
+        if capture.opening is not Opening.ALL:
+            if len(self._openings) >= self.calls:
+                self._openings.clear()
+            self._openings[signature[0]] = capture.opening
         kept = [(c.used, key, c) for key, found in self.captures.items() for c in found]
         if len(kept) > self.graphs:
             self._drop(*min(kept, key=itemgetter(0))[1:])

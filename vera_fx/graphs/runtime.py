@@ -156,7 +156,8 @@ class Runtime:
             raise
 
     def _captured(self, model: nn.Module, call: Call, mix: Mix | None) -> Ready:
-        capture = capture_call(model, self._forward, self.reader, call)
+        opening = self.kept.opening(call.structure())
+        capture = capture_call(model, self._forward, self.reader, call, opening)
         if not capture.guards.admit(call.leaves):
             raise PassError(
                 f"the graph captured from this call of {type(model).__name__} does not admit the "
