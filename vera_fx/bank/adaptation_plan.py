@@ -16,7 +16,7 @@ def adaptation_plan(bank: AdapterBank, is_training: Callable[[str], bool]) -> Ad
         is_training: tells for a target's path whether its module is in train mode, in which its
             branches drop elements of their input.
     """
-    adapters = [bank.adapter(name) for name in bank.computing()]
+    adapters = [bank.adapter(name) for name in bank.slots.binding.names]
     targets = tuple(bank.structure.targets.values())
     branches = tuple(
         tuple(_branches(bank, adapters, target, train=is_training(target.path)))

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from vera_fx.bank.adapter import Adapter, Folded
 from vera_fx.bank.projections import Projections, ProjectionSet
-from vera_fx.bank.slot_table import SlotTable
+from vera_fx.bank.slot_table import SlotTable, alone
 from vera_fx.bank.structure import Bases, Structure
-from vera_fx.base.modules import BANK
+from vera_fx.base.modules import BANK, set_child
 from vera_fx.errors import CheckpointError, listing
 from vera_fx.passes import Target
 
@@ -74,6 +74,7 @@ class AdapterBank(nn.Module):
         """The projections that ``adapter`` was trained with."""
         return self.shared.pair(adapter.projections)
 
+    @alone
     def insert(
         self,
         name: str,
@@ -94,7 +95,7 @@ class AdapterBank(nn.Module):
         persistent = adapter.config.saves_shared
         new = Projections(adapter.kind, adapter.config.r, projections, persistent=persistent)
         adapter.projections = self.shared.share(new, persistent=persistent)
-        self.adapters._modules[name] = adapter
+        set_child(self.adapters, name, adapter)
         self.structure.exact |= adapter.config.plan == "factored"
         if self.structure.grow(targets, bases):
             self.slots.forget()
@@ -103,14 +104,16 @@ class AdapterBank(nn.Module):
         self._forget_derived()
         adapter.requires_grad_(False).train(self.training)
 
+    @alone
     def remove(self, name: str) -> None:
         """Drop an adapter, and its projections if no other adapter uses them."""
         self._forget_derived()
         self.slots.forget_adapter(name)
-        del self.adapters[name]
+        set_child(self.adapters, name, None)
         self.shared.retire({cast("Adapter", a).projections for a in self.adapters.values()})
         self.activate(kept for kept in self.active if kept != name)
 
+    @alone
     def activate(self, names: Iterable[str]) -> None:
         """Make exactly these adapters active: they compute, and train if they are trainable."""
         before, self.active = self.active, tuple(names)
@@ -152,6 +155,7 @@ class AdapterBank(nn.Module):
         """Put the slots of the computing adapters in place."""
         self.slots.bind()
 
+    @alone
     def rebind(self) -> None:
         """Make all slots anew, from what the modules hold now."""
         self.slots.forget()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from vera_fx._torch import stamp
+from vera_fx.base.modules import set_child
 from vera_fx.branches.kinds import kind_named
 from vera_fx.branches.protocol import BranchKind
 from vera_fx.passes import Target
@@ -124,7 +125,7 @@ class ProjectionSet:
         key = next((k for k in alike if known[k].equals(new.tensors)), unused)
         if key not in self.kept:
             self.retired.pop(key, None)
-            self.kept[key] = new
+            set_child(self.kept, key, new)
         self.pair(key).keep(persistent=persistent)
         return key
 
@@ -132,7 +133,7 @@ class ProjectionSet:
         """Put aside those that no adapter uses."""
         for key in [key for key in self.kept if key not in used]:
             self.retired[key] = cast("Projections", self.kept[key])
-            del self.kept[key]
+            set_child(self.kept, key, None)
             self._padded.pop(key, None)
 
     def padded(self, key: str, targets: Mapping[str, Target]) -> dict[str, Tensor]:

@@ -1,8 +1,10 @@
 """Puts the slots of the computing adapters in place, and keeps those of earlier sets."""
 
+import functools
 import math
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +15,24 @@ from vera_fx.bank.slots import Binding, Slot, SlotNames, Work, open_ranks
 if TYPE_CHECKING:
     from vera_fx.bank.bank import AdapterBank
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 _KEPT = 4096
 """Sets of adapters whose slots are kept."""
+
+
+def alone(
+    method: "Callable[Concatenate[AdapterBank, P], R]",
+) -> "Callable[Concatenate[AdapterBank, P], R]":
+    """Let a method of the bank change what graphs read while no other thread does, or makes graphs."""
+
+    @functools.wraps(method)
+    def locked(bank: "AdapterBank", *args: P.args, **kwargs: P.kwargs) -> R:
+        with bank.slots.lock:
+            return method(bank, *args, **kwargs)
+
+    return locked
 
 
 class SlotTable:
@@ -24,6 +42,9 @@ class SlotTable:
         names: of the slots' attributes.
         binding: the slots in place, and what of them shapes graphs.
         work: what decides how the adapters in place are computed; read with every call.
+        switches: how often other tensors were put in place. Calls compare it, to notice that another
+            thread switched while they ran.
+        lock: held while slots are put in place, and by whoever needs them to stay as they are.
     """
 
     def __init__(
@@ -36,9 +57,15 @@ class SlotTable:
         self.work = Work()
         self._kept: dict[tuple[str, ...], Binding] = {}
         self._stale = stale
+        self.switches = 0
+        self.lock = threading.RLock()
 
     def bind(self) -> None:
         """Put the slots of the computing adapters in place."""
+        with self.lock:
+            self._bind()
+
+    def _bind(self) -> None:
         names = self._bank.computing()
         binding = self._kept.get(names)
         if binding is None:
@@ -47,6 +74,7 @@ class SlotTable:
             # What is made in inference mode differs from all else to compiled code.
             with torch.inference_mode(mode=False), torch.no_grad():
                 binding = self._kept[names] = self._made(names)
+        self.switches += not _reads_alike(self.binding, binding)
         self.binding, self._stale = binding, False
         self.work = self._work(names)
         # Kept in __dict__, not as submodules: slots are views and must not reach state_dict.
@@ -57,7 +85,9 @@ class SlotTable:
     def follow(self) -> None:
         """Make the slots anew if a module was given another tensor since they were made."""
         if self._stale or not self.binding.is_current():
-            self._bank.rebind()
+            with self.lock:  # another thread may have made them by now
+                if self._stale or not self.binding.is_current():
+                    self._bank.rebind()
 
     def forget(self) -> None:
         """Keep no slots but those in place: another thread may be reading them."""
@@ -66,10 +96,14 @@ class SlotTable:
 
     def forget_adapter(self, name: str) -> None:
         """Keep no slots of an adapter, not even those in place."""
-        for names in [names for names in self._kept if name in names]:
-            for index in range(len(self._kept.pop(names).slots)):
-                self._bank.__dict__.pop(f"slot{index}", None)
-                self._bank.__dict__.pop(f"served{index}", None)
+        with self.lock:
+            for names in [names for names in self._kept if name in names]:
+                self._kept.pop(names)
+            if name in self.binding.names:
+                self.switches += 1
+                for index in range(len(self.binding.slots)):
+                    self._bank.__dict__.pop(f"slot{index}", None)
+                    self._bank.__dict__.pop(f"served{index}", None)
 
     def tensors_of(self, adapter: Adapter) -> Iterator[tuple[str, str, str, Tensor]]:
         """``(slot attribute, module path, name, tensor)`` of all that ``adapter`` itself owns."""
@@ -97,7 +131,7 @@ class SlotTable:
         layouts = map(_layout, adapters)
         structure = union.number((len(union.targets), *union.base_paths, *layouts))
         dropout = tuple(adapter.config.dropout for adapter in adapters)
-        return Binding(slots, structure, dropout, tuple(self._sources(adapters)))
+        return Binding(slots, structure, dropout, tuple(self._sources(adapters)), tuple(names))
 
     def _work(self, names: Sequence[str]) -> Work:
         adapters = [self._bank.adapter(name) for name in names]
@@ -142,7 +176,21 @@ class SlotTable:
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles make slots of their own, of what else they hold.
         fresh = SlotTable(self._bank, self.names, stale=True)
-        return fresh.__dict__
+        return {key: value for key, value in fresh.__dict__.items() if key != "lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, lock=threading.RLock())
+
+
+def _reads_alike(old: Binding, new: Binding) -> bool:
+    """True if a graph that reads ``old`` may find ``new`` in its place while it runs."""
+    if old is new:
+        return True
+    return old.names == new.names and all(
+        after.tensors().get(name) is tensor
+        for before, after in zip(old.slots, new.slots, strict=True)
+        for name, tensor in before.tensors().items()
+    )
 
 
 def _zeros(nothing: Tensor, size: Sequence[int]) -> nn.Parameter:

@@ -118,6 +118,7 @@ class Binding:
         structure: a number for what of the adapters shapes graphs; 0 if none computes. All else
             about them is data.
         dropout: each adapter's dropout, which shapes graphs of train mode only.
+        names: of the adapters.
     """
 
     def __init__(
@@ -126,9 +127,11 @@ class Binding:
         structure: int = 0,
         dropout: tuple[float, ...] = (),
         sources: tuple[dict[str, Any], ...] = (),
+        names: tuple[str, ...] = (),
     ) -> None:
         """Args: as the attributes, and the dictionaries of modules that the slots were read from."""
         self.slots, self.structure, self.dropout = slots, structure, dropout
+        self.names = names
         self.served = tuple(slot.without_gradients() for slot in slots)
         pairs = (
             (own, slot.tensors()[name])

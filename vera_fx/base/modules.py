@@ -62,6 +62,15 @@ def is_extended(module: nn.Module, purpose: str) -> bool:
     return getattr(type(module), "_vera_purpose", None) == purpose
 
 
+def set_child(parent: nn.Module, name: str, child: nn.Module | None) -> None:
+    """Give a container another child, or take one away (None).
+
+    By a dictionary of its own: another thread may be walking the present one.
+    """
+    kept = {key: module for key, module in parent._modules.items() if key != name}
+    parent.__dict__["_modules"] = kept if child is None else {**kept, name: child}
+
+
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The class that a module had before the library extended it."""
     return getattr(type(module), "_vera_base", type(module))

@@ -7,6 +7,7 @@ capture, a restored one back to its graph.
 """
 
 import itertools
+import threading
 from collections.abc import Callable, Hashable, Iterable
 from operator import attrgetter, is_
 from types import CellType
@@ -42,21 +43,24 @@ class StateWatch:
         self._numbers: dict[Hashable, int] = {}
         self._count = itertools.count()
         self._current = -1
+        self._lock = threading.RLock()  # marks and number change together
         self._look()
 
     def state(self) -> int:
         """The number of the present state; cheap while nothing changes."""
-        handles = self._handles == RemovableHandle.next_id
-        if not handles or (self.hooked and stamp(self._hook_dicts) != self._hook_stamp):
-            self._look_for_hooks()
-        if not self._unchanged():
-            self._look()
-        return self._current
+        with self._lock:
+            handles = self._handles == RemovableHandle.next_id
+            if not handles or (self.hooked and stamp(self._hook_dicts) != self._hook_stamp):
+                self._look_for_hooks()
+            if not self._unchanged():
+                self._look()
+            return self._current
 
     def refresh(self) -> None:
         """Take everything for changed: for changes that leave no mark."""
-        self._states.clear()
-        self._look()
+        with self._lock:
+            self._states.clear()
+            self._look()
 
     def _unchanged(self) -> bool:
         return (

@@ -11,12 +11,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from vera_fx._torch import outside_dynamo
+from vera_fx._torch import outside_dynamo, skip_frame
 from vera_fx.bank.bank import bank_of
 from vera_fx.capturing.export_call import Capture
 from vera_fx.capturing.returned_objects import restore
 from vera_fx.capturing.signature import Call
-from vera_fx.errors import CaptureError
+from vera_fx.errors import AdapterError, CaptureError
 from vera_fx.graphs.runtime import Runtime, runtime_of
 from vera_fx.mixing.check import mix_of
 from vera_fx.mixing.kept_mix import mix_again
@@ -27,11 +27,25 @@ from vera_fx.mixing.rows_of_call import row_names
 
 @dataclass(slots=True)
 class Prepared:
-    """A call, taken apart, and what it is to run."""
+    """A call, taken apart, and what it is to run.
+
+    Attributes:
+        graph: the adapted graph.
+        capture: what it was made from.
+        call: the call.
+        model: whose slots the graph reads.
+        switches: how often they had been switched when it was chosen; None if it reads none.
+    """
 
     graph: GraphModule
     capture: Capture
     call: Call
+    model: nn.Module
+    switches: int | None
+
+    def is_switched(self) -> bool:
+        """True if the graph may have read tensors of two sets of adapters."""
+        return self.switches not in {None, bank_of(self.model).slots.switches}
 
 
 @outside_dynamo
@@ -57,12 +71,35 @@ def prepare(
         _refuse_names(model, names)
         return None
     mix = _mix_for(model, call, names)
-    ready = runtime.ready(model, call, mix)
+    ready, switches = runtime.ready(model, call, mix)
     if mix is not None and ready is not None:
         if ready.refused:
             mix.check(ready.refused)
         call.leaves += mix.tensors
-    return None if ready is None else Prepared(ready.graph, ready.capture, call)
+    return None if ready is None else Prepared(ready.graph, ready.capture, call, model, switches)
+
+
+@skip_frame
+def run(prepared: Prepared) -> list[Tensor]:
+    """Run the graph of a call.
+
+    Raises:
+        AdapterError: another thread switched the adapters meanwhile.
+    """
+    try:
+        return prepared.graph(*prepared.call.leaves)
+    except Exception as error:
+        if prepared.is_switched():
+            raise _switched(prepared) from error
+        raise
+
+
+def _switched(prepared: Prepared) -> AdapterError:
+    return AdapterError(
+        f"another thread switched or replaced the active adapters while a call of this "
+        f"{type(prepared.model).__name__} ran, so that its result would mix them; hold a lock around "
+        "switches and calls, or give every row its adapter (adapter_names=[...]), which needs no switch"
+    )
 
 
 def _refuse_names(model: nn.Module, names: Any) -> None:
@@ -83,7 +120,13 @@ def _mix_for(model: nn.Module, call: Call, names: Any) -> Mix | None:
 
 @outside_dynamo
 def finish(prepared: Prepared, outputs: list[Tensor]) -> Any:
-    """Rebuild the result of a call from the graph's flat outputs."""
+    """Rebuild the result of a call from the graph's flat outputs.
+
+    Raises:
+        AdapterError: another thread switched the adapters meanwhile.
+    """
+    if prepared.is_switched():
+        raise _switched(prepared)
     names = prepared.capture.stateful
     objects = {name: prepared.call.arguments[name] for name in names} if names else None
     return restore(list(outputs), prepared.capture.out_spec, objects)

@@ -66,7 +66,7 @@ class Planner:
 def planner(model: nn.Module, graph: torch.fx.GraphModule) -> Planner:
     """A planner for a captured graph of the model."""
     bank = bank_of(model)
-    kinds = {bank.adapter(name).kind for name in bank.computing()}
+    kinds = {bank.adapter(name).kind for name in bank.slots.binding.names}
     kind = next(iter(kinds))
     dtype, device = _place(model)
     groups = site_groups(graph, list(bank.structure.targets.values()))
@@ -117,7 +117,7 @@ def workload(model: nn.Module, training: Mapping[str, bool], *, trains: bool) ->
         trains: gradients will be taken.
     """
     bank = bank_of(model)
-    adapters = [bank.adapter(name) for name in bank.computing()]
+    adapters = [bank.adapter(name) for name in bank.slots.binding.names]
     known, (dtype, device) = bank.slots.work, _place(model)
     requests = set(known.requests)
     in_train_mode = any(training.get(path) for path in bank.structure.targets)

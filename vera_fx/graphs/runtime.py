@@ -66,7 +66,9 @@ class Runtime:
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()
 
-    def ready(self, model: nn.Module, call: Call, mix: Mix | None = None) -> Ready | None:
+    def ready(
+        self, model: nn.Module, call: Call, mix: Mix | None = None
+    ) -> tuple[Ready | None, int | None]:
         """The graph for ``call``, captured and adapted if it is new; None if it runs in Python.
 
         Args:
@@ -74,28 +76,27 @@ class Runtime:
             call: the call.
             mix: the adapters of its rows; None for the active adapters.
 
+        Returns:
+            The graph; and how often the slots that it reads had been switched then, if it reads some.
+
         Raises:
             CaptureError: a mixture's call cannot be captured.
             TargetError: a target is used in a way that cannot be adapted.
         """
         state = self._follow(model)
         if self._is_hooked(model, mixed=mix is not None):
-            return None
-        if mix is None:
-            bank = bank_of(model)
-            bank.slots.follow()
-            binding = bank.slots.binding
-            structure: Hashable = (binding.structure, binding.dropout, bank.slots.work)
-        else:
-            structure = mix.mixer.structure, mix.dropout
+            return None, None
+        structure, switches = _structure(model, mix)
         key = (call.key, state, structure, surroundings(), torch.is_grad_enabled())
         found = self.kept.get(key, _UNKNOWN)
-        if found is _UNKNOWN:
-            with self._lock:
-                found = self._resolve(model, call, mix, key)
+        if found is not _UNKNOWN:
+            return found, switches
+        with self._lock:
+            found, made = self._resolve(model, call, mix, key)
+            if made in {switches, None}:  # else another thread has switched meanwhile
                 # The state is read again: tracing runs the model's code, which may change it.
                 self.kept.put((call.key, self.watch.state(), *key[2:]), found)
-        return found
+        return found, made
 
     def _follow(self, model: nn.Module) -> int:
         """The number of the model's state, which the bank knows as well."""
@@ -138,7 +139,7 @@ class Runtime:
 
     def _resolve(
         self, model: nn.Module, call: Call, mix: Mix | None, key: "Hashable"
-    ) -> Ready | None:
+    ) -> tuple[Ready | None, int | None]:
         self.kept.check(key)
         try:
             for capture in reversed(self.kept.captures.get(self._signature(call), [])):
@@ -150,12 +151,12 @@ class Runtime:
             if mix is not None or _is_empty(model):
                 raise
             split(model, self.parts, self._entry, first_line(error))
-            return None
+            return None, None
         except TargetError as error:
             self.kept.refuse(key, error)
             raise
 
-    def _captured(self, model: nn.Module, call: Call, mix: Mix | None) -> Ready:
+    def _captured(self, model: nn.Module, call: Call, mix: Mix | None) -> tuple[Ready, int | None]:
         opening = self.kept.opening(call.structure())
         capture = capture_call(model, self._forward, self.reader, call, opening)
         if not capture.guards.admit(call.leaves):
@@ -179,11 +180,26 @@ def _is_empty(model: nn.Module) -> bool:
     return any(place_of(model, path)[1].type == "meta" for path in paths)
 
 
-def _ready(model: nn.Module, capture: Capture, call: Call, mix: Mix | None) -> Ready:
-    if mix is None:
-        return Ready(adapted(model, capture, call), capture)
-    variant = mixed(model, capture, call, mix)
-    return Ready(variant.graph, capture, variant.refused)
+def _structure(model: nn.Module, mix: Mix | None) -> "tuple[Hashable, int | None]":
+    """What of the adapters decides which graph fits; and how often slots were switched until now."""
+    if mix is not None:
+        return (mix.mixer.structure, mix.dropout), None
+    slots = bank_of(model).slots
+    slots.follow()
+    with slots.lock:
+        binding = slots.binding
+        return (binding.structure, binding.dropout, slots.work), slots.switches
+
+
+def _ready(
+    model: nn.Module, capture: Capture, call: Call, mix: Mix | None
+) -> tuple[Ready, int | None]:
+    if mix is not None:
+        variant = mixed(model, capture, call, mix)
+        return Ready(variant.graph, capture, variant.refused), None
+    slots = bank_of(model).slots
+    with slots.lock:  # a switch would give one structure's key to another's graph
+        return Ready(adapted(model, capture, call), capture), slots.switches
 
 
 def _modules_of(model: nn.Module) -> "Callable[[], list[tuple[str, nn.Module]]]":
@@ -222,6 +238,9 @@ def require_adapted(model: nn.Module) -> AdapterBank:
 def runtime_of(model: nn.Module) -> Runtime:
     """The model's runtime; made anew for a model that was copied or unpickled."""
     runtime = model.__dict__.get("_vera_runtime")
-    if runtime is None:
-        runtime = model.__dict__["_vera_runtime"] = Runtime(model)
+    if runtime is None:  # a copy's is None; another thread may make one as well, and one is used
+        with bank_of(model).slots.lock:
+            runtime = model.__dict__.get("_vera_runtime")
+            if runtime is None:
+                runtime = model.__dict__["_vera_runtime"] = Runtime(model)
     return runtime

@@ -8,7 +8,7 @@ from torch import nn
 
 from vera_fx._context import is_capturing
 from vera_fx.bank.bank import bank_of
-from vera_fx.graphs.around import finish, prepare
+from vera_fx.graphs.around import finish, prepare, run
 from vera_fx.mixing.check import check_mixture, stored_of
 from vera_fx.mixing.kept_names import held_by, names_for_rows
 
@@ -71,7 +71,7 @@ class EncoderEntry:
             prepared = prepare(self._model, args, kwargs, self._path)
             if prepared is None:  # not in a mixture any more
                 return self._encoder(*args, **kwargs)
-            return finish(prepared, prepared.graph(*prepared.call.leaves))
+            return finish(prepared, run(prepared))
 
         forward.__signature__ = signature  # type: ignore[attr-defined]
         return forward

@@ -10,7 +10,7 @@ from vera_fx._torch import skip_frame
 from vera_fx.bank.bank import bank_of
 from vera_fx.base.modules import extended_class, is_extended, original_class
 from vera_fx.errors import AdapterError
-from vera_fx.graphs.around import finish, prepare
+from vera_fx.graphs.around import finish, prepare, run
 from vera_fx.model.containers import container_methods
 from vera_fx.model.methods import methods_for
 from vera_fx.model.python_run import run_in_python
@@ -84,7 +84,7 @@ def _forward_for(base: type[nn.Module]) -> Any:
         prepared = prepare(self, args, kwargs)
         if prepared is None:
             return run_in_python(self, base.forward, args, kwargs)
-        return finish(prepared, prepared.graph(*prepared.call.leaves))
+        return finish(prepared, run(prepared))
 
     forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
     forward.__doc__ = base.forward.__doc__

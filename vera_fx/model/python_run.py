@@ -8,7 +8,7 @@ from torch import nn
 from vera_fx._context import current_run, set_run
 from vera_fx._torch import compiled_by, skip_frame, start_compiling, stop_compiling
 from vera_fx.bank.bank import bank_of
-from vera_fx.graphs.around import finish, prepare
+from vera_fx.graphs.around import finish, prepare, run
 from vera_fx.graphs.runtime import runtime_of
 from vera_fx.model.weight_watch import WeightWatch, unwatched
 
@@ -36,7 +36,7 @@ class PythonRun:
             prepared = prepare(self._model, args, dict(kwargs), path)
             if prepared is not None:
                 with compiled_by(self._compiler):
-                    outputs = prepared.graph(*prepared.call.leaves)
+                    outputs = run(prepared)
                 return finish(prepared, outputs)
         return base.forward(part, *args, **kwargs)
 
