@@ -90,11 +90,7 @@ class Guards:
 
 
 def capture_call(
-    model: nn.Module,
-    forward: Any,
-    reader: CallReader,
-    call: Call,
-    opening: Opening = Opening.ALL,
+    model: nn.Module, forward: Any, reader: CallReader, call: Call, opening: Opening = Opening.ALL
 ) -> Capture:
     """Export the call and bind the graph to ``model``.
 
@@ -112,16 +108,7 @@ def capture_call(
         FixedSizesWarning: leaving these sizes open takes too long, so fewer were.
     """
     stateful = Stateful.of(call.arguments)
-    found = None
-    while found is None:
-        try:
-            found = trace(model, forward, reader, call, stateful, opening)
-        except OutOfTime:
-            _tell(model, call, opening)
-            opening = opening.next()
-        except Exception as error:
-            raise CaptureError(_explain(model, call, error)) from error
-    exported, checkpointed = found
+    exported, checkpointed, opening = _traced(model, (forward, reader), call, stateful, opening)
     graph = bind_live(exported, model)
     report = run_pipeline(graph, cleanup(), "capture")
     values = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
@@ -138,6 +125,24 @@ def capture_call(
         aliased=tuple(aliased(exported, model)),
         opening=opening,
     )
+
+
+def _traced(
+    model: nn.Module,
+    entry: tuple[Any, CallReader],
+    call: Call,
+    stateful: Stateful,
+    opening: Opening,
+) -> tuple[ExportedProgram, frozenset[str], Opening]:
+    """The call as a program, its layers under gradient checkpointing, and what could be left open."""
+    while True:
+        try:
+            return *trace(model, *entry, call, stateful, opening), opening
+        except OutOfTime:
+            _tell(model, call, opening)
+            opening = opening.next()
+        except Exception as error:
+            raise CaptureError(_explain(model, call, error)) from error
 
 
 def bind_live(exported: ExportedProgram, model: nn.Module) -> GraphModule:
