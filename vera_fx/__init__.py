@@ -5,6 +5,7 @@ from vera_fx.branches.dvora.config import DVoraConfig
 from vera_fx.branches.vera.config import VeraConfig
 from vera_fx.checkpoint.loading import load_adapter
 from vera_fx.checkpoint.lora import lora_errors, to_lora
+from vera_fx.checkpoint.pretrained import pretrained_methods
 from vera_fx.checkpoint.saving import save_adapter, save_adapters
 from vera_fx.checkpoint.state_dict import (
     adapter_state_dict,
@@ -43,11 +44,13 @@ from vera_fx.model.adapters import (
     set_trainable,
 )
 from vera_fx.model.merging import merge, unmerge
+from vera_fx.model.methods import also
 from vera_fx.report.explain import explain
 
 __version__ = "0.1.0"
 
 know_old_names()
+also(pretrained_methods)
 
 __all__ = [
     "AdapterError",

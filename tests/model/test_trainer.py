@@ -5,10 +5,12 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from safetensors import safe_open
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 import vera_fx
+from tests.helpers import assert_close
 from tests.models import BY_NAME
 
 
@@ -96,3 +98,55 @@ def test_resume_from_checkpoint(tmp_path: Path) -> None:
     resumed = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
     assert resumed == pytest.approx(whole, rel=1e-6)
+
+
+def test_checkpoints_hold_the_adapter_alone(tmp_path: Path) -> None:
+    """In PEFT's layout, which PEFT loads; with ``keep_base`` there is all of the model."""
+    model = vera_fx.adapt(base(), vera_fx.VeraConfig(**CONFIG))
+    losses(model, tmp_path, save_strategy="steps", save_steps=6)
+    checkpoint = tmp_path / "checkpoint-6"
+    held = safe_open(checkpoint / "model.safetensors", "pt").keys()
+    assert held
+    assert all(key.startswith("vera.") for key in held)
+
+    ids = {"input_ids": Sentences()[0]["input_ids"][None]}
+    expected = model.eval()(**ids).logits
+    theirs = peft.PeftModel.from_pretrained(base(), checkpoint).eval()
+    assert_close(theirs(**ids).logits, expected, factor=5)
+    ours = vera_fx.load_adapter(base(), checkpoint).eval()
+    assert_close(ours(**ids).logits, expected, factor=5)
+
+    model.save_pretrained(tmp_path / "final")
+    names = {path.name for path in (tmp_path / "final").iterdir()}
+    assert names == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    model.save_pretrained(tmp_path / "whole", keep_base=True)
+    held = safe_open(tmp_path / "whole" / "model.safetensors", "pt").keys()
+    assert any(key.startswith("vera.") for key in held)
+    assert any(not key.startswith("vera.") for key in held)
+    with pytest.raises(vera_fx.CheckpointError, match="keep_base=True"):
+        model.save_pretrained(tmp_path / "pushed", push_to_hub=True)
+    assert not (tmp_path / "pushed").exists()
+
+
+def test_the_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
+    """By Trainer itself, from the checkpoint's small file."""
+    model = vera_fx.adapt(base(), vera_fx.VeraConfig(**CONFIG))
+    fields = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    trainer = Trainer(
+        model,
+        arguments(
+            tmp_path,
+            load_best_model_at_end=True,
+            metric_for_best_model="eval_loss",
+            greater_is_better=True,  # the worst: not the last
+            **fields,
+        ),
+        train_dataset=Sentences(),
+        eval_dataset=Sentences(),
+    )
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.name == "checkpoint-2"
+    saved = vera_fx.adapter_state_dict(vera_fx.load_adapter(base(), best))
+    now = vera_fx.adapter_state_dict(model)
+    assert all(torch.equal(now[key], saved[key]) for key in saved)

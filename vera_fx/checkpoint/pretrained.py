@@ -14,7 +14,6 @@ from vera_fx.base.modules import in_bank
 from vera_fx.checkpoint.saving import save_adapters
 from vera_fx.errors import CheckpointError
 from vera_fx.files import moved_into
-from vera_fx.model.methods import also
 
 RESUMED_FROM = "model.safetensors"
 """What Trainer reads of a checkpoint that it resumes; it knows adapters only if they are PEFT's."""
@@ -22,7 +21,6 @@ RESUMED_FROM = "model.safetensors"
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 
-@also
 def pretrained_methods(base: type[nn.Module]) -> dict[str, Any]:
     """``save_pretrained``, if ``base`` has it."""
     if not callable(getattr(base, "save_pretrained", None)) or not _is_pretrained(base):

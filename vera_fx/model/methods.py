@@ -11,10 +11,9 @@ Maker = Callable[[type[nn.Module]], dict[str, Any]]
 _MAKERS: list[Maker] = [generation_methods]
 
 
-def also(maker: Maker) -> Maker:
+def also(maker: Maker) -> None:
     """Let adapted classes have the methods that ``maker`` makes: for rooms above this one."""
     _MAKERS.append(maker)
-    return maker
 
 
 def methods_for(base: type[nn.Module]) -> dict[str, Any]:
