@@ -254,7 +254,7 @@ def test_texts_that_are_no_configuration(case: str, folder: Path) -> None:
     refused(folder, reason)
 
 
-@pytest.mark.parametrize("wrong", [None, 3, b"\0", "a\0b", ["a"], object()], ids=repr)
+@pytest.mark.parametrize("wrong", [None, 3, b"\0", "a\0b", ["a"], object], ids=repr)
 def test_folders_that_are_none(wrong: Any) -> None:
     for step in (
         lambda: vera_fx.load_adapter(MLP(), wrong),
