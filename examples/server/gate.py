@@ -102,7 +102,10 @@ class Gate:
             _refuse_often(self._changes.take(address))
             self._check_key(headers.get(b"authorization", b""))
         limit = self.limits.upload if changes else self.limits.body
-        if int(headers.get(b"content-length", b"0")) > limit:
+        length = headers.get(b"content-length", b"0")
+        if not length.isdigit():
+            raise HTTPException(400, "the length of the body is no number")
+        if len(length) > 15 or int(length) > limit:
             raise _too_large(limit)
         return limit
 

@@ -179,6 +179,15 @@ def test_bodies_are_bounded_before_and_while_they_are_read(world: World) -> None
             ):  # TestClient reads all of it, the server does not
                 content = (b"x" * 1000 for _ in range(most + 1))
                 assert client.request(method, path, content=content).status_code == 413
+        for length, status in (
+            ("9" * 5_000, 413),
+            ("9" * 9, 413),
+            ("-1", 400),
+            ("1_0", 400),
+            ("x", 400),
+        ):
+            headers = {"content-length": length}
+            assert client.post("/classify", content=b"", headers=headers).status_code == status
         sent = {"text": "12345", "adapter": "s0"}
         assert client.post("/classify", json=sent).status_code == 200
     with listening(world.app(body=2_000), head_seconds=0.4) as port:
@@ -249,7 +258,8 @@ def test_answers_are_given_up_and_questions_that_wait_are_counted(world: World) 
             answers = await asyncio.gather(*(ask(client, "12345", "s0") for _ in range(12)))
             world.release.set()
             after = await ask(client, "12345", "s0")
-            while after.status_code == 504:  # the batch that was held up is captured first
+            while after.status_code in {503, 504}:  # what was held up is captured first
+                await asyncio.sleep(0.1)
                 after = await ask(client, "12345", "s0")
         return [*sorted(answer.status_code for answer in answers), after.status_code]
 
@@ -293,9 +303,9 @@ def test_uploads_at_a_time(world: World, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_no_expressions_and_few_names(world: World, changes: dict[str, Any]) -> None:
     with world.client() as client:
         sent = body(world.store.folder / "s0", **changes)
-        start = time.monotonic()
+        start = time.process_time()
         assert client.put("/adapters/new", json=sent).status_code == 422
-        assert time.monotonic() - start < 5
+        assert time.process_time() - start < 5
     assert world.store.names() == ["s0", "s1"]
 
 

@@ -251,7 +251,8 @@ class Requests:
     def run(self, files: Files) -> Fault | None:
         ((name, data),) = files.items()
         method, path = {"upload": ("PUT", "/adapters/new"), "question": ("POST", "/classify")}[name]
-        answer = self.portal.run_until_complete(self._ask(method, path, data))
+        with quiet():
+            answer = self.portal.run_until_complete(self._ask(method, path, data))
         if answer.status_code == 201:
             self.store.delete("new")
         if answer.status_code < 500 and self.store.names() == ["known"]:

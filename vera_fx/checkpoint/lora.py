@@ -53,8 +53,7 @@ def to_lora(
     Raises:
         ConfigError: ``rank`` is not between 1 and the adapter's.
         AdapterError: the model is not adapted, there is no such adapter, or several are active.
-        CheckpointError: the adapter is merged and has modules of its own, or the folder cannot be
-            written to. Files that were there are untouched.
+        CheckpointError: the folder cannot be written to. Files that were there are untouched.
     """
     bank = require_adapted(model)
     name = one_adapter(bank.adapters, bank.active, adapter)
