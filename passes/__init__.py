@@ -25,7 +25,9 @@ from vera_fx.passes.lower_branch import LowerBranch
 from vera_fx.passes.merge_weight import MergeWeight
 from vera_fx.passes.outline_layers import OutlineLayers, is_outlined
 from vera_fx.passes.plans.choose import SiteGroup, allowed, choose_plans, site_groups
-from vera_fx.passes.plans.plan import PLANS, Assignment, Choice, PlanCosts, Workload
+from vera_fx.passes.plans.devices import CPU, DEVICES, Device
+from vera_fx.passes.plans.layer_time import LayerTime, concrete
+from vera_fx.passes.plans.plan import OPEN, PLANS, Assignment, Choice, PlanCosts, Workload
 from vera_fx.passes.recompute_in_backward import RecomputeInBackward
 from vera_fx.passes.redirect_parameters import Redirect, RedirectParameters
 from vera_fx.passes.row_vectors import RowSource, RowVectors
@@ -40,8 +42,11 @@ from vera_fx.passes.sites.target import Target
 from vera_fx.passes.zero_masked_rows import ZeroMaskedRows
 
 __all__ = [
+    "CPU",
+    "DEVICES",
     "FOR_EXPORTS",
     "META_KEY",
+    "OPEN",
     "ORDER",
     "PLANS",
     "Action",
@@ -54,6 +59,7 @@ __all__ = [
     "CheckpointLayers",
     "Choice",
     "ContiguousAttention",
+    "Device",
     "DropIdleDropout",
     "DropMetadataAsserts",
     "FoldWeights",
@@ -61,6 +67,7 @@ __all__ = [
     "InlineGradMode",
     "InsertBranches",
     "InsertedBranch",
+    "LayerTime",
     "LowerBranch",
     "MergeWeight",
     "Numerics",
@@ -97,6 +104,7 @@ __all__ = [
     "allowed",
     "choose_plans",
     "cleanup",
+    "concrete",
     "find_sites",
     "graph_text",
     "input_of",
@@ -172,11 +180,11 @@ def adaptation(
     )
 
 
-def training(assignment: Assignment, least: int) -> tuple[GraphPass, ...]:
+def training(assignment: Assignment, outline: OutlineLayers) -> tuple[GraphPass, ...]:
     """The passes over an adapted graph that is to be trained, in order.
 
     Args:
         assignment: how each site's branch is computed.
-        least: how many equal layers are to share a body.
+        outline: which layers are to share a body.
     """
-    return (RecomputeInBackward(assignment.folds_again), OutlineLayers(least))
+    return (RecomputeInBackward(assignment.folds_again), outline)

@@ -1,8 +1,10 @@
 """Make one function of equal layers, so that torch.compile compiles each kind of layer once."""
 
+import itertools
+import math
 import operator
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,11 +22,18 @@ from vera_fx.passes.engine.outlining import (
     module_runs,
 )
 from vera_fx.passes.engine.protocol import Numerics
-from vera_fx.passes.engine.reports import Action, PassReport, Rewrite
+from vera_fx.passes.engine.reports import Action, PassReport, Reason, Rewrite, Skip
+from vera_fx.passes.plans.layer_time import LayerTime
 from vera_fx.passes.sites.layer_edges import at_what_is_kept
 from vera_fx.passes.sites.shared_nodes import is_numbered, lift, shared_by_layers
 
 _ME = "OutlineLayers"
+
+_TOLERATED = 0.05
+"""What calls of bodies may cost, as a share of the work in them."""
+
+_LARGEST = 4
+"""Layers in a body at most: larger ones win back little of a call and take long to compile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +43,10 @@ class OutlineLayers:
     A model of N equal layers is then N calls of one body: a compiler that compiles function by
     function compiles it once, where the flat graph costs N times as much (PEFT's does, too). The
     outer graph only calls bodies and must not be compiled itself (`is_outlined`).
+
+    A call costs the host some 0.2 ms of a step. Where that is much beside a layer's work, a body
+    holds several layers; where it is much beside those of the largest body, as on most
+    accelerators, the graph stays flat.
 
     Before::
 
@@ -60,7 +73,8 @@ class OutlineLayers:
     Needs: ``nn_module_stack`` on captured nodes; layers whose paths end in a number, as those of
     ``ModuleList`` and ``Sequential`` do. Runs last: other passes do not look into bodies.
     Keeps: every value and gradient; parameters stay reads of the outer graph.
-    Skips: nothing; a graph without enough equal layers is left as it is.
+    Skips: equal layers with too little work for a call; a graph without enough equal layers is left
+    as it is.
     """
 
     least: int = 4
@@ -68,6 +82,9 @@ class OutlineLayers:
 
     saved: float = 0.25
     """The share of the graph that sharing must save: every body is compiled on its own."""
+
+    time: LayerTime | None = None
+    """What estimates a layer's work; None to outline without asking, each layer by itself."""
 
     numerics: ClassVar[Numerics] = Numerics.BITWISE
 
@@ -80,18 +97,23 @@ class OutlineLayers:
         layers = self._equal_layers(gm, nodes)
         if not layers:
             return PassReport(())
+        size, seconds = self._layers_in_a_body(layers)
+        if size > _LARGEST:
+            return PassReport((), (Skip(layers[0].path, Reason.HOST_BOUND, _told(seconds)),))
         lift(shared, nodes[0])
-        runs = list(_with_gaps(nodes, layers))
+        runs = list(_grouped(_with_gaps(nodes, layers), size))
         outliner = Outliner(gm, "body", lambda body, _: body.forward, operator.call)
         names = [outliner.outline(run, Tag(_ME, run.path)) for run in runs]
         return PassReport(
-            tuple(
-                Rewrite(
-                    run.path or "between layers", Action.LAYER_OUTLINED, name, count=len(run.nodes)
-                )
-                for run, name in zip(runs, names, strict=True)
-            )
+            tuple(self._told(run, name, seconds) for run, name in zip(runs, names, strict=True))
         )
+
+    def _told(self, run: Run, body: str, seconds: float) -> Rewrite:
+        if not run.path or self.time is None:
+            where = run.path or "between layers"
+            return Rewrite(where, Action.LAYER_OUTLINED, body, count=len(run.nodes))
+        action = Action.LAYER_OUTLINED_FOR_ITS_WORK
+        return Rewrite(run.path, action, body, role=_told(seconds), count=len(run.nodes))
 
     def _equal_layers(self, gm: GraphModule, nodes: Sequence[Node]) -> list[Run]:
         """The outermost numbered modules of which at least ``least`` calls compute the same."""
@@ -103,6 +125,41 @@ class OutlineLayers:
         bodies = {key: _size(gm, run.nodes) for key, run in equal}
         saved = sum(_size(gm, run.nodes) for run in layers) - sum(bodies.values())
         return layers if saved >= self.saved * _size(gm, nodes) else []
+
+    def _layers_in_a_body(self, layers: Sequence[Run]) -> tuple[int, float]:
+        """How many layers one call must be for, and a layer's seconds."""
+        if self.time is None:
+            return 1, 0.0
+        seconds = sum(self.time(run.nodes) for run in layers) / len(layers)
+        device = self.time.device
+        size = math.ceil(device.call / (_TOLERATED * max(seconds, 1e-12)))
+        return max(size, 1), seconds
+
+
+def _told(seconds: float) -> str:
+    return f"{1e3 * seconds:.2g} ms"
+
+
+def _grouped(runs: Iterable[Run], size: int) -> Iterator[Run]:
+    """The runs, with ``size`` equal neighbouring layers made one; what is left over comes first."""
+    stretch: list[Run] = []
+    key = None
+    for run in runs:
+        found = fingerprint(run.nodes) if run.path and size > 1 else None
+        if found is None or found != key:
+            yield from _cut(stretch, size)
+            stretch = []
+        key = found
+        stretch.append(run)
+    yield from _cut(stretch, size)
+
+
+def _cut(stretch: Sequence[Run], size: int) -> Iterator[Run]:
+    rest = len(stretch) % size
+    starts = [*([0] if rest else []), *range(rest, len(stretch), size)]
+    for start, end in itertools.pairwise([*starts, len(stretch)]):
+        group = stretch[start:end]
+        yield Run(group[0].path, tuple(node for run in group for node in run.nodes))
 
 
 def _repeated(runs: Sequence[Run], least: int) -> list[tuple[str, Run]]:

@@ -31,6 +31,7 @@ from vera_fx.export.onnx import export_onnx
 from vera_fx.export.program import export_program
 from vera_fx.export.read_back import program_sites, replace_adapter
 from vera_fx.export.vectors import program_vectors
+from vera_fx.graphs.calibrate import calibrate
 from vera_fx.model.adapt import adapt, capture, refresh, unload
 from vera_fx.model.adapters import (
     ParameterSummary,
@@ -73,6 +74,7 @@ __all__ = [
     "adapter_names",
     "adapter_state_dict",
     "add_adapter",
+    "calibrate",
     "capture",
     "delete_adapter",
     "disable_adapters",

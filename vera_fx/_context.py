@@ -252,6 +252,23 @@ def cached(limit: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
     return decorate
 
 
+_measured: dict[str, Any] = {}
+
+
+def measured_device(name: str) -> Any:
+    """What was measured of the devices of that name in this process; None if nothing was."""
+    return _measured.get(name)
+
+
+def remember_device(name: str, costs: Any) -> None:
+    """Keep what was measured of a device; None forgets it."""
+    with _lock:
+        if costs is None:
+            _measured.pop(name, None)
+        else:
+            _measured[name] = costs
+
+
 next_number = itertools.count().__next__
 """Numbers the folders that graphs are dumped to."""
 

@@ -8,6 +8,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 import torch._dynamo
+import torch._inductor.config
 from torch._C._dynamo.guards import RootGuardManager, TensorGuards, dict_version
 from torch._dynamo.eval_frame import set_eval_frame, skip_code
 from torch._dynamo.guards import GuardManagerType
@@ -193,3 +194,9 @@ def _has_autocast(kind: str) -> bool:
     except (RuntimeError, ValueError):
         return False
     return True
+
+
+def wants_cuda_graphs() -> bool:
+    """True if whatever Inductor compiles is to run as CUDA graphs, whichever mode is asked for."""
+    config: Any = torch._inductor.config
+    return bool(config.triton.cudagraphs)

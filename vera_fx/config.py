@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Self, cast
 
 from vera_fx.errors import ConfigError, listing, nearest, shown
-from vera_fx.passes import PLANS
+from vera_fx.passes import OPEN, PLANS
 
 TASK_TYPES = (
     "SEQ_CLS",
@@ -65,7 +65,7 @@ class AdapterConfig:
     """What ``bias`` may be: for none, for all of the model, and for those of targets."""
 
     plans: ClassVar[tuple[str, ...]] = PLANS
-    """What ``plan`` may be, beside ``"auto"`` and ``"timed"``."""
+    """What ``plan`` may be, beside ``"auto"``, ``"timed"`` and ``"memory"``."""
 
     def __post_init__(self) -> None:
         for name in ("target_modules", "modules_to_save", "layers_pattern", "exclude_modules"):
@@ -75,7 +75,7 @@ class AdapterConfig:
         self._set("r", check_int("r", self.r, range(1, MAX_RANK + 1), "a positive integer"))
         self._check_layers()
         check_choice("bias", self.bias, self.biases)
-        check_choice("plan", self.plan, ("auto", "timed", *self.plans))
+        check_choice("plan", self.plan, (*OPEN, *self.plans))
         if self.task_type is not None:
             self._set("task_type", str(getattr(self.task_type, "value", self.task_type)))
             check_choice("task_type", self.task_type, TASK_TYPES)

@@ -2,9 +2,9 @@
 
 ``VERA_FX_DUMP=dir`` writes every graph before and after each pass; ``VERA_FX_VERIFY=1`` checks each
 pass against its report; ``VERA_FX_PASS_LIMIT=n`` stops after n passes; ``VERA_FX_OUTLINE=n`` makes
-one function of n and more equal layers (0: of none). ``VERA_FX_CAPTURE_SECONDS=n`` is how long a
-capture that leaves every size open may take (0: any time), and ``VERA_FX_PROGRESS=0`` hides the line that
-shows how far it is.
+one function of n and more equal layers, however little work they are (0: of none).
+``VERA_FX_CAPTURE_SECONDS=n`` is how long a capture that leaves every size open may take (0: any
+time), and ``VERA_FX_PROGRESS=0`` hides the line that shows how far it is.
 """
 
 import os
@@ -35,16 +35,18 @@ def run_options(stage: str) -> RunOptions:
     )
 
 
-def outline_least() -> int:
+def outline_least() -> int | None:
     """How many equal layers become calls of one function, which torch.compile compiles once.
+
+    None where nobody says: then their work decides.
 
     Raises:
         ConfigError: the knob is no number.
     """
-    least = os.environ.get("VERA_FX_OUTLINE", "4")
-    if not least.isdecimal():
+    least = os.environ.get("VERA_FX_OUTLINE")
+    if least is not None and not least.isdecimal():
         raise ConfigError(f"VERA_FX_OUTLINE must be a number of layers or 0, got {least!r}")
-    return int(least)
+    return None if least is None else int(least)
 
 
 def capture_seconds() -> float:
@@ -69,3 +71,4 @@ def shows_progress() -> bool:
     if progress not in {"0", "1"}:
         raise ConfigError(f"VERA_FX_PROGRESS must be 0 or 1, got {progress!r}")
     return progress == "1"
+    return None if least is None else int(least)

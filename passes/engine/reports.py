@@ -16,6 +16,7 @@ class Action(enum.Enum):
     INPUTS_ADDED = "inputs added"
     LAYER_CHECKPOINTED = "{count} nodes recomputed in backward"
     LAYER_OUTLINED = "{count} nodes in {other}"
+    LAYER_OUTLINED_FOR_ITS_WORK = "{count} nodes in {other}: a step of one layer takes about {role}"
     MADE_CONTIGUOUS = "its output is contiguous"
     MERGED_THROUGH_X = "weight merged, vector gradients through G.T @ x"
     MERGED_THROUGH_Z = "weight merged, vector gradients through G.T @ z"
@@ -32,6 +33,7 @@ class Reason(enum.Enum):
 
     # of passes
     DROPS_INPUT = "the branch drops elements of its input, the base does not"
+    HOST_BOUND = "a step of one such layer takes about {other}, too little for a call of its own"
     MASK_ADDITIVE = "its mask is additive"
     NEVER_CALLED = "never called in this graph"
     NEVER_READ = "never read in this graph"
@@ -45,6 +47,7 @@ class Reason(enum.Enum):
     AUTOCAST = "autocast, under which only the factored plan rounds as PEFT does"
     CHEAPEST = "{tokens} tokens: {costs}"
     DROPOUT = "dropout on the branch's input, which only the factored plan can do"
+    LEANEST = "{tokens} tokens, what keeps least for backward: {costs}"
     NARROW = "small gradients would vanish in more than one product in float16"
     PER_ROW = "rows have adapters of their own"
     SEVERAL_ACTIVE = "several adapters are active"

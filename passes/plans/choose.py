@@ -59,20 +59,29 @@ def choose_plans(
             the sites' whole work more than the best, so that few graphs have to be compiled.
     """
     sized = list(zip(groups, tokens, strict=True))
-    best = _choice(sized, work, costs, lambda found, target, _: _best(found, target, work))
+    best = _choice(sized, work, costs, lambda site, target, _: _best(site, target, work))
     for assignment in known:
-        other = _choice(sized, work, costs, lambda _f, _t, name, a=assignment: a.plan_of(name))
+        other = _choice(sized, work, costs, lambda _s, _t, name, a=assignment: a.plan_of(name))
         other.assignment = replace(other.assignment, folds_again=assignment.folds_again)
-        if not work.restricted and other.cost - best.cost <= _TOLERATED * best.base_cost:
+        if not work.restricted and _good_enough(other, best, work):
             return other
     return best
+
+
+def _good_enough(other: Choice, best: Choice, work: Workload) -> bool:
+    """True if plans that a graph exists for need not give way to the best."""
+    if work.trains and (work.request == "memory" or work.device.spares):
+        limit = 1 + _TOLERATED if work.request == "memory" else 2
+        if other.kept > limit * best.kept:
+            return False
+    return other.cost - best.cost <= _TOLERATED * best.base_cost
 
 
 def _choice(
     sized: Sequence[tuple[SiteGroup, int]],
     work: Workload,
     costs: PlanCosts,
-    plan_of: Callable[[Mapping[str, float], Target, str], str],
+    plan_of: Callable[["_Costs", Target, str], str],
 ) -> Choice:
     choice = Choice(Assignment())
     plans: dict[str, str] = {}
@@ -80,11 +89,13 @@ def _choice(
     for group, tokens in sized:
         for name, target in group.sites:
             found = costs(tokens, target, work, len(group.sites))
-            plan = plans[name] = plan_of(found, target, name)
+            kept = costs.kept(tokens, target, work, len(group.sites))
+            plan = plans[name] = plan_of(_Costs(found, kept), target, name)
             folds = plan in {"merged", "dense"}
             if folds and costs.folds_again(tokens, target, work, len(group.sites)):
                 again.add(name)
             choice.cost += found[plan]
+            choice.kept += kept[plan]
             choice.base_cost += found["base"]
             choice.reasons[name] = _why(found, tokens, work)
     names = {p: frozenset(n for n, q in plans.items() if q == p) for p in PLANS}
@@ -96,11 +107,40 @@ def _choice(
     return choice
 
 
-def _best(costs: Mapping[str, float], target: Target, work: Workload) -> str:
+@dataclass(frozen=True, slots=True)
+class _Costs:
+    """What a site's plans cost: seconds, and bytes that a training step keeps."""
+
+    time: Mapping[str, float]
+    kept: Mapping[str, float]
+
+
+def _best(site: _Costs, target: Target, work: Workload) -> str:
     if work.restricted:
         return "factored"
+    if not work.is_open:
+        return work.request
     plans = [plan for plan in allowed(work) if plan in target.product.plans]
-    return min(plans, key=costs.__getitem__) if work.is_open else work.request
+    if work.request == "memory" and work.trains:
+        return min(plans, key=lambda plan: (site.kept[plan], site.time[plan]))
+    fastest = min(plans, key=site.time.__getitem__)
+    return _leaner(site, plans, fastest, work)
+
+
+def _leaner(site: _Costs, plans: Sequence[str], fastest: str, work: Workload) -> str:
+    """The fastest plan, or one that keeps half the memory or less and is hardly slower.
+
+    "Hardly" is what the device `spares`: a share of the site's whole work.
+    """
+    if not work.trains or work.request != "auto":
+        return fastest
+    limit = site.time[fastest] + work.device.spares * (site.time["base"] + site.time[fastest])
+    lean = [
+        plan
+        for plan in plans
+        if 2 * site.kept[plan] <= site.kept[fastest] and site.time[plan] <= limit
+    ]
+    return min(lean, key=site.time.__getitem__, default=fastest)
 
 
 def allowed(work: Workload) -> tuple[str, ...]:
@@ -124,4 +164,5 @@ def _why(costs: Mapping[str, float], tokens: int, work: Workload) -> Why:
     if work.narrow:
         return Why(Reason.NARROW)
     shares = tuple((p, costs[p] / costs["factored"]) for p in PLANS if p in work.plans)
-    return Why(Reason.TIMED if work.request == "timed" else Reason.CHEAPEST, tokens, shares)
+    reasons = {"timed": Reason.TIMED, "memory": Reason.LEANEST}
+    return Why(reasons.get(work.request, Reason.CHEAPEST), tokens, shares)

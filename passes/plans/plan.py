@@ -5,9 +5,13 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from vera_fx.passes.engine.reports import Reason, Why
+from vera_fx.passes.plans.devices import CPU, Device
 from vera_fx.passes.sites.target import Target
 
 PLANS = ("factored", "scaled", "merged", "dense")
+
+OPEN = ("auto", "timed", "memory")
+"""Requests that leave the choice to the chooser: by modelled time, by measured time, by memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +52,9 @@ class Workload:
             run in it as one scaled product, else in float32.
         itemsize: bytes of one element of the base's weights.
         restricted: why no other plan than factored is possible (dropout, autocast).
-        request: ``"auto"``, ``"timed"`` or the plan that the user asked for.
+        request: ``"auto"``, ``"timed"``, ``"memory"`` or the plan that the user asked for.
         plans: those that the kinds of the active adapters have.
+        device: what the device can do.
     """
 
     ranks: tuple[int, ...]
@@ -60,18 +65,19 @@ class Workload:
     restricted: Reason | None = None
     request: str = "auto"
     plans: tuple[str, ...] = PLANS
+    device: Device = CPU
 
     @property
     def is_open(self) -> bool:
         """True if the chooser is to choose."""
-        return self.request in {"auto", "timed"}
+        return self.request in OPEN
 
 
 class PlanCosts(Protocol):
     """What the plans of a kind of branch cost at a site."""
 
     def __call__(self, T: int, target: Target, work: Workload, sharing: int) -> Mapping[str, float]:
-        """What each plan costs beyond the base, and the base itself under ``"base"``, in one unit.
+        """Seconds of each plan beyond the base, and of the base itself under ``"base"``.
 
         Args:
             T: rows of the site's input.
@@ -81,6 +87,10 @@ class PlanCosts(Protocol):
         """
         ...
 
+    def kept(self, T: int, target: Target, work: Workload, sharing: int) -> Mapping[str, float]:
+        """Bytes that a training step keeps for the site's sake under each plan."""
+        ...
+
     def folds_again(self, T: int, target: Target, work: Workload, sharing: int) -> bool:
         """True if backward is to fold a merged weight once more rather than keep it."""
         ...
@@ -88,9 +98,18 @@ class PlanCosts(Protocol):
 
 @dataclass(slots=True)
 class Choice:
-    """The result of `choose_plans`: an assignment, its cost, and a reason for every site."""
+    """The result of `choose_plans`: an assignment, its cost, and a reason for every site.
+
+    Attributes:
+        assignment: the plans.
+        reasons: why, by site.
+        cost: seconds beyond the base.
+        base_cost: seconds of the base.
+        kept: bytes kept for backward.
+    """
 
     assignment: Assignment
     reasons: dict[str, Why] = field(default_factory=dict[str, Why])
     cost: float = 0.0
     base_cost: float = 0.0
+    kept: float = 0.0

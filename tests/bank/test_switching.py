@@ -233,8 +233,12 @@ class Deep(nn.Module):
         return x
 
 
+@pytest.mark.parametrize("outline", ["4", "0"])
 @pytest.mark.parametrize("grad", [True, False])
-def test_deep_models_switch_between_ranks(grad: bool) -> None:
+def test_deep_models_switch_between_ranks(
+    grad: bool, outline: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VERA_FX_OUTLINE", outline)
     torch.manual_seed(0)
     ranks = {"first": 4, "second": 3, "third": 9}
     model = Deep().eval()

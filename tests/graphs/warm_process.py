@@ -1,6 +1,7 @@
 """One process of `test_warm_start`: compiles two training steps and prints what caches gave."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -21,6 +22,7 @@ class Block(nn.Module):
 
 def main(load: str, save: str) -> None:
     """Compile; read cached artifacts before and write them after where a path is given."""
+    os.environ["VERA_FX_OUTLINE"] = "4"  # however little work these layers are
     torch.manual_seed(0)
     if load:
         torch.compiler.load_cache_artifacts(Path(load).read_bytes())

@@ -8,6 +8,7 @@ from vera_fx.passes import (
     ORDER,
     AdaptationPlan,
     Assignment,
+    OutlineLayers,
     adaptation,
     cleanup,
     training,
@@ -18,7 +19,7 @@ README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
 def test_passes_run_in_that_order() -> None:
     plan, assignment = AdaptationPlan((), ()), Assignment()
-    passes = (*cleanup(), *adaptation(plan, assignment), *training(assignment, 4))
+    passes = (*cleanup(), *adaptation(plan, assignment), *training(assignment, OutlineLayers()))
 
     assert tuple(map(type, passes)) == ORDER
 

@@ -1,12 +1,18 @@
 """Equal layers become one function; layers that differ in anything do not."""
 
+import dataclasses
+import re
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from tests.passes.examples import graph_of
-from vera_fx.passes import OutlineLayers, is_outlined, run_passes
+from vera_fx.passes import CPU, DEVICES, LayerTime, OutlineLayers, is_outlined, run_passes
+from vera_fx.passes.engine.graph import owner_path
+from vera_fx.passes.engine.reports import Rewrite, Skip
+from vera_fx.passes.engine.runner import RunOptions
 
 X = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
 
@@ -124,3 +130,55 @@ def test_sizes_that_are_related_otherwise_make_another_body() -> None:
     for rows in (2, 4, 9):
         x = torch.randn(rows, 3)
         assert torch.equal(graph(x)[0], Cuts()(x))
+
+
+def by_work(module: nn.Module, call: float) -> tuple[GraphModule, list[Rewrite], list[Skip]]:
+    """What the pass does where a call costs ``call`` times a layer's work."""
+    graph = graph_of(module, X)
+    before = graph(X)[0]
+    layer = LayerTime()(n for n in graph.graph.nodes if "layers.0" in owner_path(n))
+    device = dataclasses.replace(CPU, call=call * layer)
+    passes = (OutlineLayers(2, saved=0.1, time=LayerTime(device)),)
+    report = run_passes(graph, passes, RunOptions(verify=True)).records[0].report
+    assert torch.equal(graph(X)[0], before)
+    return graph, list(report.rewrites), list(report.skips)
+
+
+@pytest.mark.parametrize(
+    ("call", "bodies"),
+    [
+        (0.01, [0, 0, 0, 0, 0, 1]),  # a call for each layer
+        (0.09, [0, 1, 1, 2]),  # for two: what is over comes first
+        (0.14, [0, 1, 2]),  # for three
+        (1.00, []),  # too much for as many as there are
+    ],
+)
+def test_as_many_layers_in_a_body_as_pay_for_its_call(call: float, bodies: list[int]) -> None:
+    graph, rewrites, skips = by_work(Stacked(*(Layer() for _ in range(5))), call)
+
+    assert [rewrite.other for rewrite in rewrites] == [f"_body_{n}" for n in bodies]
+    assert is_outlined(graph.graph) is bool(bodies)
+    told = [str(what) for what in (*rewrites[:1], *skips)]
+    assert re.search(r"a step of one (such )?layer takes about [\d.e-]+ ms", told[0])
+    assert len(skips) == (not bodies)
+
+
+@pytest.mark.parametrize(
+    ("device", "rows", "outlined"),
+    [("cpu avx512", 4, False), ("cpu avx512", 20_000, True), ("h200", 20_000, False)],
+)
+def test_the_sizes_and_the_device_decide(device: str, rows: int, outlined: bool) -> None:
+    """The same graph: a call is much beside few rows, and beside many where they take no time."""
+    graph = graph_of(Stacked(*(Layer(width=4096) for _ in range(4))), X)
+    (x,) = (n for n in graph.graph.nodes if n.op == "placeholder")
+    sizes = {x.meta["val"].shape[0].node.expr: rows}
+    run_passes(graph, (OutlineLayers(time=LayerTime(DEVICES[device], sizes)),))
+    assert is_outlined(graph.graph) is outlined
+
+
+def test_open_sizes_count_as_they_are() -> None:
+    graph = graph_of(Stacked(Layer(), Layer()), X)
+    (x,) = (n for n in graph.graph.nodes if n.op == "placeholder")
+    rows = x.meta["val"].shape[0].node.expr
+    few, many = (LayerTime(CPU, {rows: size})(graph.graph.nodes) for size in (4, 4000))
+    assert many == pytest.approx(1000 * few, rel=0.01)

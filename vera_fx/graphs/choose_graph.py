@@ -11,7 +11,14 @@ from vera_fx.bank.bank import AdapterBank, bank_of
 from vera_fx.capturing.export_call import Capture
 from vera_fx.capturing.signature import Call
 from vera_fx.errors import AdapterError, TargetError
-from vera_fx.graphs.planning import mixed_assignment, mixed_choice, open_sizes, planner, workload
+from vera_fx.graphs.planning import (
+    layer_time,
+    mixed_assignment,
+    mixed_choice,
+    open_sizes,
+    planner,
+    workload,
+)
 from vera_fx.graphs.variants import Variant, adapt_graph
 from vera_fx.mixing.mixer import Mix, Mixer
 from vera_fx.mixing.rows_of_call import rows_among
@@ -38,7 +45,8 @@ def adapted(model: nn.Module, capture: Capture, call: Call) -> GraphModule:
         _check_aliased(bank, capture)
         plan = adaptation_plan(bank, lambda path: capture.training.get(path, False))
         variant = variants[choice.assignment] = adapt_graph(plan, capture, choice)
-    return variant.for_call()
+    sizes = open_sizes(capture.values, call.leaves)
+    return variant.for_call(layer_time(model, sizes))
 
 
 def _check_aliased(bank: AdapterBank, capture: Capture) -> None:

@@ -10,18 +10,20 @@ from torch import Tensor, nn
 
 from vera_fx.bank.adapter import Adapter
 from vera_fx.bank.bank import AdapterBank, bank_of
-from vera_fx.graphs.machine import autocast_state, multiplies_well
+from vera_fx.graphs.machine import autocast_state, costs_of, multiplies_well
 from vera_fx.graphs.timing import TimedCosts
 from vera_fx.passes import (
     PLANS,
     Assignment,
     Choice,
+    LayerTime,
     PlanCosts,
     Reason,
     SiteGroup,
     Why,
     Workload,
     choose_plans,
+    concrete,
     site_groups,
 )
 from vera_fx.products.kinds import place_of
@@ -73,6 +75,11 @@ def planner(model: nn.Module, graph: torch.fx.GraphModule) -> Planner:
     return Planner(groups, kind.costs, TimedCosts(kind, dtype, device))
 
 
+def layer_time(model: nn.Module, sizes: Mapping[Any, int]) -> LayerTime:
+    """What estimates the work of the model's layers, where its targets are."""
+    return LayerTime(costs_of(_place(model)[1]), sizes)
+
+
 def _place(model: nn.Module) -> tuple[torch.dtype, torch.device]:
     """Dtype and device of the first target."""
     return place_of(model, next(iter(bank_of(model).structure.targets)))
@@ -95,17 +102,7 @@ def open_sizes(values: Sequence[Tensor], leaves: Sequence[Tensor]) -> dict[Any, 
 
 def _count(leading: Sequence[int | torch.SymInt], sizes: Mapping[Any, int]) -> int:
     """Rows of an input; sizes that depend on tensor values count as in the example."""
-    return math.prod(_size(dim, sizes) for dim in leading)
-
-
-def _size(dim: int | torch.SymInt, sizes: Mapping[Any, int]) -> int:
-    if not isinstance(dim, torch.SymInt):
-        return dim
-    value = sizes.get(dim.node.expr)
-    if value is None:
-        found = dim.node.expr.subs(sizes)
-        value = int(found) if found.is_number else int(dim.node.hint or 1)
-    return value
+    return math.prod(concrete(dim, sizes) for dim in leading)
 
 
 def workload(model: nn.Module, training: Mapping[str, bool], *, trains: bool) -> Workload:
@@ -130,6 +127,7 @@ def workload(model: nn.Module, training: Mapping[str, bool], *, trains: bool) ->
         restricted=_restriction(adapters, in_train_mode),
         request=requests.pop() if len(requests) == 1 else "auto",
         plans=_common_plans(adapters),
+        device=costs_of(device),
     )
 
 

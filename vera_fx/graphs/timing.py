@@ -38,6 +38,10 @@ class TimedCosts:
         shape = (rows, target.in_features, target.out_features, work.ranks[0], sharing)
         return _times(self.kind.name, shape, self.dtype, self.device, work.trains)
 
+    def kept(self, T: int, target: Target, work: Workload, sharing: int) -> Mapping[str, float]:
+        """By the model."""
+        return self.kind.costs.kept(T, target, work, sharing)
+
     def folds_again(self, T: int, target: Target, work: Workload, sharing: int) -> bool:
         """By the model."""
         return self.kind.costs.folds_again(T, target, work, sharing)

@@ -15,6 +15,8 @@ from vera_fx.debug import outline_least
 from vera_fx.passes import (
     AdaptationPlan,
     Choice,
+    LayerTime,
+    OutlineLayers,
     PipelineReport,
     adaptation,
     is_outlined,
@@ -50,18 +52,22 @@ class Variant:
     served: GraphModule | None = None
     trained: GraphModule | None = None
 
-    def for_call(self) -> GraphModule:
+    def for_call(self, time: LayerTime) -> GraphModule:
         """The graph for a call that is made now.
 
         With gradients equal layers are outlined, which saves compile time but costs about 0.2 ms a
-        layer when compiled: nothing in a training step, much when one token is decoded.
+        call of a body when compiled: little where a layer is much work, and much where it is little
+        or where one token is decoded. A graph that exists is kept whatever the work.
+
+        Args:
+            time: estimates the work of layers for the sizes at hand.
         """
         if not torch.is_grad_enabled():
             self.served = self.served or _served(self.graph)
             return self.served
         if self.trained is None:
             trained = copy_of(self.graph)
-            passes = training(self.choice.assignment, outline_least())
+            passes = training(self.choice.assignment, _outline(time))
             report = run_pipeline(trained, passes, "train")
             self.report += report
             changed = any(record.report.rewrites for record in report.records)
@@ -69,6 +75,12 @@ class Variant:
             if is_outlined(trained.graph):
                 skip_frame(type(trained).forward)
         return self.trained
+
+
+def _outline(time: LayerTime) -> OutlineLayers:
+    """By work, or as the debugging knob has it."""
+    least = outline_least()
+    return OutlineLayers(time=time) if least is None else OutlineLayers(least)
 
 
 def _served(graph: GraphModule) -> GraphModule:

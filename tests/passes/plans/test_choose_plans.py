@@ -81,5 +81,5 @@ def test_the_second_fold_counts(plan: str) -> None:
     R, shape = 256, WIDE
     work = Workload((R,), trains=True)
     before, after = (COSTS(T, target(*shape), work, 1)[plan] for T in (8191, 8192))
-    fold = 2 * R * shape[0] * shape[1]
+    fold = 2 * R * shape[0] * shape[1] / work.device.rate(work.itemsize)
     assert 0.99 * fold < after - before < 1.01 * fold

@@ -8,7 +8,7 @@ from vera_fx.branches.vera.config import VeraConfig
 
 @dataclass(frozen=True)
 class DVoraConfig(VeraConfig):
-    """As `VeraConfig`; ``plan`` may be ``"auto"``, ``"timed"``, ``"factored"`` or ``"dense"``.
+    """As `VeraConfig`; ``plan`` may be any but ``"scaled"`` and ``"merged"``.
 
     Every target has one more trained vector, the magnitude of its rows ``(out,)``, which starts at
     the norms of the base weight's rows: the adapted model starts at the base.

@@ -30,9 +30,9 @@ class VeraConfig(AdapterConfig):
         layers_pattern: name of the module list that the indices count in.
         exclude_modules: what to leave out of ``target_modules``, in the same notation.
         plan: how branches are computed: ``"auto"`` lets the library choose for every site,
-            ``"factored"``, ``"scaled"``, ``"merged"`` and ``"dense"`` ask for one plan, and
+            ``"factored"``, ``"scaled"``, ``"merged"`` and ``"dense"`` ask for one plan,
             ``"timed"`` lets it choose by timing the plans on this machine (a few seconds for every
-            shape of layer).
+            shape of layer), and ``"memory"`` lets training keep as little as it can.
         task_type: PEFT's task type; classification types add their head to ``modules_to_save``.
 
     Raises:
