@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 DATA = examples/data/sentiment
 
-.PHONY: demo server load test fuzz test-all test-executorch families lint types bench clean
+.PHONY: demo server load test fuzz test-all test-executorch families lint types bench gpu clean
 
 # One stamp per set of extras; they share the virtual environment.
 $(VENV)/.%: pyproject.toml constraints.txt
@@ -60,6 +60,12 @@ types: $(VENV)/.dev
 
 bench: $(VENV)/.test
 	$(BIN)/python -m benchmarks
+
+# On a machine with a CUDA device: the tests that need one, and the headline figures, in out/.
+gpu: $(VENV)/.test
+	$(BIN)/python -m pytest -m gpu tests/gpu
+	$(BIN)/python -m benchmarks --device cuda --rounds 7 --output out/gpu.json
+	$(BIN)/python -m benchmarks.host --device cuda --layers 12 --output out/gpu_host.json
 
 clean:
 	rm -rf $(VENV) .venv-executorch .venv-timm build out .pytest_cache .ruff_cache .hypothesis

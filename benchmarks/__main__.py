@@ -5,7 +5,7 @@ python -m benchmarks --full          # the whole grid
 """
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.cases import Case, grid
+from benchmarks.devices import name_of
 from benchmarks.measure import Timing, gemm_rate, measure
 from benchmarks.systems import METHODS
 from vera_fx.graphs.machine import multiplies_well
@@ -44,6 +45,7 @@ def show(case: Case, timings: dict[str, Timing]) -> None:
         "overhead / peft's (of products alone)",
         "products ms",
         "kept MiB",
+        "peak MiB",
         "first step s",
     )
     table = Table(
@@ -63,6 +65,7 @@ def show(case: Case, timings: dict[str, Timing]) -> None:
             else "",
             f"{t.limit:.0f}",
             f"{t.kept:.0f}",
+            f"{t.peak:.0f}" if t.peak else "",
             f"{t.first:.1f}",
         )
     console.print(table)
@@ -75,18 +78,21 @@ def main(
     ] = [],  # noqa: B006
     methods: Annotated[str, typer.Option(help="comma-separated")] = ",".join(METHODS),
     rounds: Annotated[int, typer.Option(min=4)] = 11,
+    device: Annotated[str, typer.Option(help="where models are")] = "cpu",
     output: Annotated[Path, typer.Option()] = Path("out/bench.json"),
 ) -> None:
     """Time training steps of vera_fx, PEFT and the frozen base, interleaved in one run."""
-    rates = {str(d).removeprefix("torch."): gemm_rate(d) for d in (torch.float32, torch.bfloat16)}
+    rates = {
+        str(d).removeprefix("torch."): gemm_rate(d, device) for d in (torch.float32, torch.bfloat16)
+    }
     console.print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, GFLOP/s: "
+        f"torch {torch.__version__}, {name_of(device)}, {torch.get_num_threads()} threads, GFLOP/s: "
         + ", ".join(f"{name} {rate:.0f}" for name, rate in rates.items())
     )
     results = []
-    for case in grid(full=full):
+    for case in (replace(case, device=device) for case in grid(full=full)):
         half = case.dtype != torch.float32
-        if half and not multiplies_well(case.dtype, torch.device("cpu")):
+        if half and not multiplies_well(case.dtype, torch.device(device)):
             console.print(f"{case.name}: left out, this processor has no instructions for it")
         elif any(part in case.name for part in only or [""]):
             timings = measure(case, methods.split(","), rounds)

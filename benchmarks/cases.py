@@ -22,6 +22,7 @@ class Case:
         length: tokens per sequence.
         dtype: of the base model.
         checkpointed: transformers' gradient checkpointing is on.
+        device: where model and inputs are.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Case:
     length: int
     dtype: torch.dtype = torch.float32
     checkpointed: bool = False
+    device: str = "cpu"
 
     @property
     def tokens(self) -> int:
@@ -96,7 +98,7 @@ BUILDERS: dict[str, Callable[[Case], nn.Module]] = {"roberta": roberta, "llama":
 def build(case: Case) -> nn.Module:
     """The base model in train mode, the same weights every time."""
     torch.manual_seed(0)
-    model = BUILDERS[case.family](case).to(case.dtype).train()
+    model = BUILDERS[case.family](case).to(case.device, case.dtype).train()
     if case.checkpointed:
         model.gradient_checkpointing_enable()
     return model
@@ -108,9 +110,10 @@ def inputs(case: Case) -> dict[str, Any]:
     if case.family == "vit":
         side = 16 * round(case.length**0.5)
         pixels = torch.randn(case.batch, 3, side, side, dtype=case.dtype)
-        return {"pixel_values": pixels.requires_grad_()}
+        return {"pixel_values": pixels.to(case.device).requires_grad_()}
     embeds = torch.randn(case.batch, case.length, 768, dtype=case.dtype)
-    return {"inputs_embeds": embeds.requires_grad_(), "attention_mask": _mask(case)}
+    embeds = embeds.to(case.device).requires_grad_()
+    return {"inputs_embeds": embeds, "attention_mask": _mask(case).to(case.device)}
 
 
 def _mask(case: Case) -> Tensor:

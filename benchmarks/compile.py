@@ -13,6 +13,7 @@ import typer
 from rich.table import Table
 
 from benchmarks.cases import QV, Case, build, inputs
+from benchmarks.devices import wait
 from benchmarks.processes import answer, apart
 from benchmarks.report import console, write
 from benchmarks.systems import make
@@ -29,6 +30,7 @@ def first_step(name: str, case: Case) -> float:
     system, arguments = make(name, build(case), case), inputs(case)
     start = time.perf_counter()
     system.step(arguments)
+    wait(case.device)
     return time.perf_counter() - start
 
 
@@ -42,6 +44,7 @@ def in_process(name: str, case: Case, cache: str) -> float:
 def main(
     layers: Annotated[list[int], typer.Option()] = [2, 12],  # noqa: B006
     only: Annotated[str, typer.Option(help="run the cases whose name contains this")] = "",
+    device: Annotated[str, typer.Option(help="where models are")] = "cpu",
     output: Annotated[Path, typer.Option()] = Path("out/bench_compile.json"),
 ) -> None:
     """Time first steps of every method, one after the other, nothing else running."""
@@ -52,7 +55,7 @@ def main(
             found: dict[str, tuple[float, float]] = {}
             for name in NAMES:
                 with tempfile.TemporaryDirectory() as cache:
-                    sized = replace(case, layers=count)
+                    sized = replace(case, layers=count, device=device)
                     found[name] = in_process(name, sized, cache), in_process(name, sized, cache)
             ratios = [ours / peft for ours, peft in zip(found["ours"], found["peft"], strict=True)]
             cells = [f"{cold:.1f}, {warm:.1f}" for cold, warm in found.values()]

@@ -67,6 +67,7 @@ def row(name: str, spreads: dict[str, Spread]) -> list[str]:
 def main(
     rounds: Annotated[int, typer.Option(min=4)] = 15,
     layers: Annotated[int, typer.Option(min=1)] = 2,
+    device: Annotated[str, typer.Option(help="where models are")] = "cpu",
     output: Annotated[Path, typer.Option()] = Path("out/bench_inference.json"),
 ) -> None:
     """Time calls without gradients of a Llama shape, query and value adapted at rank 256."""
@@ -74,10 +75,10 @@ def main(
     results = {}
     for name, (first, second, r, batch, length) in CASES.items():
         for compiled in (False, True):
-            case = Case(name, "llama", (first, second), r, layers, batch, length)
+            case = Case(name, "llama", (first, second), r, layers, batch, length, device=device)
             torch._dynamo.reset()
             with torch.no_grad():
-                spreads = interleaved(runs(case, compiled=compiled), rounds)
+                spreads = interleaved(runs(case, compiled=compiled), rounds, device=device)
             label = f"{name}, {'compiled' if compiled else 'eager'}"
             results[label] = {k: vars(v) for k, v in spreads.items()}
             table.add_row(*row(label, spreads))

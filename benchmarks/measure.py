@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from benchmarks.cases import Case, build, inputs
+from benchmarks.devices import begin_peak, peak, wait
 from benchmarks.systems import System, make
 
 
@@ -26,6 +27,7 @@ class Timing:
         first: seconds of the first step, capture and compilation included, with empty caches.
         kept: MiB of tensors that autograd keeps between forward and backward, parameters left out.
         limit: milliseconds that the matrix products of a step take at the rate of a single large one.
+        peak: MiB that tensors take at most in a step, the model's included; 0 on a CPU.
     """
 
     median: float
@@ -34,6 +36,7 @@ class Timing:
     first: float
     kept: float
     limit: float
+    peak: float = 0.0
 
 
 @dataclass
@@ -46,7 +49,11 @@ class Spread:
 
 
 def interleaved(
-    functions: Mapping[str, Callable[[], object]], rounds: int, *, inner: int = 2
+    functions: Mapping[str, Callable[[], object]],
+    rounds: int,
+    *,
+    inner: int = 2,
+    device: str = "cpu",
 ) -> dict[str, Spread]:
     """Time functions in turns, so that drift hits all alike; the best of ``inner`` calls counts."""
     for function in functions.values():
@@ -55,13 +62,15 @@ def interleaved(
     samples: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
-            samples[name].append(min(_milliseconds(function) for _ in range(inner)))
+            samples[name].append(min(_milliseconds(function, device) for _ in range(inner)))
     return {name: Spread(*_quartiles(found)) for name, found in samples.items()}
 
 
-def _milliseconds(function: Callable[[], object]) -> float:
+def _milliseconds(function: Callable[[], object], device: str) -> float:
+    wait(device)
     start = time.perf_counter()
     function()
+    wait(device)
     return 1e3 * (time.perf_counter() - start)
 
 
@@ -74,19 +83,20 @@ def measure(case: Case, names: Sequence[str], rounds: int) -> dict[str, Timing]:
     first = {}
     for system in systems:
         with torch._inductor.utils.fresh_inductor_cache():
-            first[system.name] = _timed(system, arguments) / 1e3
+            first[system.name] = _timed(system, arguments, case.device) / 1e3
         system.step(arguments)
     samples: dict[str, list[float]] = {system.name: [] for system in systems}
     for _ in range(rounds):
         for system in systems:
-            samples[system.name].append(_timed(system, arguments))
-    rates = {dtype: gemm_rate(dtype) for dtype in {torch.float32, case.dtype}}
+            samples[system.name].append(_timed(system, arguments, case.device))
+    rates = {dtype: gemm_rate(dtype, case.device) for dtype in {torch.float32, case.dtype}}
     return {
         system.name: Timing(
             *_quartiles(samples[system.name]),
             first[system.name],
             kept_bytes(system, arguments),
             products(system, arguments, rates),
+            peak_of(system, arguments, case.device),
         )
         for system in systems
     }
@@ -113,10 +123,23 @@ def _at(rates: Mapping[torch.dtype, float], flops: Callable[..., int]) -> Callab
     return scaled
 
 
-def _timed(system: System, arguments: dict[str, Any]) -> float:
+def _timed(system: System, arguments: dict[str, Any], device: str) -> float:
+    wait(device)
     start = time.perf_counter()
     system.step(arguments)
+    wait(device)
     return 1e3 * (time.perf_counter() - start)
+
+
+def peak_of(system: System, arguments: dict[str, Any], device: str) -> float:
+    """MiB of tensors at most in one step, all other methods' models left out; 0 on a CPU."""
+    wait(device)
+    begin_peak(device)
+    before = torch.cuda.memory_allocated(device) / 2**20 if device.startswith("cuda") else 0.0
+    system.step(arguments)
+    wait(device)
+    own = sum(t.nbytes for t in _state(getattr(system.model, "_orig_mod", system.model))) / 2**20
+    return peak(device) - before + own if before else 0.0
 
 
 def _quartiles(samples: list[float]) -> tuple[float, float, float]:
@@ -150,12 +173,14 @@ def _state(module: nn.Module) -> list[Tensor]:
     return tensors
 
 
-def gemm_rate(dtype: torch.dtype) -> float:
+def gemm_rate(dtype: torch.dtype, device: str = "cpu") -> float:
     """Measured GFLOP/s of a (2048, 768) x (768, 768) product: the hardware's limit for the cases."""
-    a, b = torch.randn(2048, 768).to(dtype), torch.randn(768, 768).to(dtype)
+    a, b = (torch.randn(rows, 768, device=device).to(dtype) for rows in (2048, 768))
     best = float("inf")
     for _ in range(20):
+        wait(device)
         start = time.perf_counter()
         a @ b
+        wait(device)
         best = min(best, time.perf_counter() - start)
     return 2 * 2048 * 768 * 768 / best / 1e9

@@ -4,6 +4,7 @@ python -m benchmarks.memory
 """
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +14,8 @@ import typer
 from rich.table import Table
 
 from benchmarks.cases import QV, Case, build, inputs
+from benchmarks.devices import begin_peak, wait
+from benchmarks.devices import peak as most
 from benchmarks.processes import answer, apart
 from benchmarks.report import console, resident, write
 from benchmarks.systems import make
@@ -45,11 +48,22 @@ def peak(name: str, case: Case) -> dict[str, float]:
 
     for _ in range(3):
         step()
+    if case.device != "cpu":
+        return _on_device(step, case.device)
     ctypes.CDLL(None).malloc_trim(0)
     before = resident() / 2**20
     Path("/proc/self/clear_refs").write_text("5")  # begins the high-water mark anew
     step()
     return {"step": resident(peak=True) / 2**20 - before, "resident": before}
+
+
+def _on_device(step: Callable[[], None], device: str) -> dict[str, float]:
+    wait(device)
+    before = torch.cuda.memory_allocated(device) / 2**20
+    begin_peak(device)
+    step()
+    wait(device)
+    return {"step": most(device) - before, "resident": before}
 
 
 def _keep(gradients: dict[Any, Any]) -> Any:
@@ -70,6 +84,7 @@ def main(
     layers: Annotated[int, typer.Option(min=1)] = 2,
     only: Annotated[str, typer.Option(help="run the cases whose name contains this")] = "",
     checkpointed: Annotated[bool, typer.Option(help="with gradient checkpointing")] = False,
+    device: Annotated[str, typer.Option(help="where models are: cpu or cuda")] = "cpu",
     bf16: Annotated[bool, typer.Option(help="bases in bfloat16")] = False,
     output: Annotated[Path, typer.Option()] = Path("out/bench_memory.json"),
 ) -> None:
@@ -81,7 +96,12 @@ def main(
         for count in tokens if only in case.name else ():
             batch = count // case.length
             sized = replace(
-                case, layers=layers, batch=batch, checkpointed=checkpointed, dtype=dtype
+                case,
+                layers=layers,
+                batch=batch,
+                checkpointed=checkpointed,
+                dtype=dtype,
+                device=device,
             )
             found = {name: measured(name, sized) for name in NAMES}
             step = {name: values["step"] for name, values in found.items()}

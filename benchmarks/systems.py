@@ -32,7 +32,7 @@ class System:
         """Forward and backward; gradients are dropped, no optimiser runs."""
         output = self.model(**inputs)[0].float()
         # A square would do nothing behind a norm, whose output has the same length whatever it is.
-        loss = (output * _weights(output.shape)).sum()
+        loss = (output * _weights(output.shape, output.device)).sum()
         loss.backward()
         for parameter in self.trained:
             parameter.grad = None
@@ -43,8 +43,8 @@ class System:
 
 
 @functools.cache
-def _weights(shape: torch.Size) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(3))
+def _weights(shape: torch.Size, device: torch.device) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(device)
 
 
 def floor(base: nn.Module, _: Case) -> nn.Module:

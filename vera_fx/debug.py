@@ -71,4 +71,3 @@ def shows_progress() -> bool:
     if progress not in {"0", "1"}:
         raise ConfigError(f"VERA_FX_PROGRESS must be 0 or 1, got {progress!r}")
     return progress == "1"
-    return None if least is None else int(least)
