@@ -75,4 +75,4 @@ def test_export(device: torch.device) -> None:
         expected = model(**batch).logits
         program = vera_fx.export_program(model, kwargs=batch, form="constant")
         found = program.module()(**batch)
-    torch.testing.assert_close(found.logits, expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found["logits"], expected, rtol=1e-3, atol=1e-3)
