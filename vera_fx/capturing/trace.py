@@ -46,29 +46,29 @@ def trace(
     """
     clock = Clock(f"{type(model).__name__}({', '.join(call.arguments)})", opening)
     copies = {name: map_tensors(value, _copy) for name, value in call.inputs.items()}
-    inputs = {
-        f"input_{i}": copies[name] for i, name in enumerate(copies) if _has_tensor(copies[name])
-    }
-    names = dict(zip(inputs, (n for n in copies if _has_tensor(copies[n])), strict=True))
+    names = {f"input_{i}": name for i, name in enumerate(copies) if _has_tensor(copies[name])}
 
     def run(shell: nn.Module, **given: Any) -> Any:
         arguments = {**copies, **{names[key]: value for key, value in given.items()}}
         for value in arguments.values():
             sizes_as_integers(value)
         args, kwargs = reader.split(arguments)
-        try:
-            with clock:
-                result = forward(shell, *args, **kwargs)
-        except Exception as error:
-            raise _Stopped from error
+        with _stopping(), clock:
+            result = forward(shell, *args, **kwargs)
         return mark_returned(result, stateful.pick(arguments))
 
     with clock.running():
-        shapes = _dynamic_shapes(inputs, opening)
-        found = _traced(shell_of(model, run, list(inputs)), inputs, shapes)
-        if any(True for _ in aliased(found[0], model)):
-            # Some code holds on to the live modules, past the ones that it was given: let it have them.
-            found = _traced(shell_of(model, run, list(inputs), live=True), inputs, shapes)
+        return _run_traced(model, run, {key: copies[name] for key, name in names.items()}, opening)
+
+
+def _run_traced(
+    model: nn.Module, run: Any, inputs: dict[str, Any], opening: Opening
+) -> tuple[ExportedProgram, frozenset[str]]:
+    """Over a shell; over the live modules if some code holds on to them, past those that it was given."""
+    shapes = _dynamic_shapes(inputs, opening)
+    found = _traced(shell_of(model, run, list(inputs)), inputs, shapes)
+    if any(True for _ in aliased(found[0], model)):
+        found = _traced(shell_of(model, run, list(inputs), live=True), inputs, shapes)
     return found
 
 
@@ -99,6 +99,14 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 class _Stopped(Exception):  # noqa: N818
     """The model's forward raised; torch would print half a graph for some errors of its own."""
+
+
+@contextlib.contextmanager
+def _stopping() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise _Stopped from error
 
 
 def _copy(value: Tensor) -> Tensor:
