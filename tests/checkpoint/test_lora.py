@@ -179,12 +179,12 @@ class TestBadInput:
         with pytest.raises(vera_fx.AdapterError, match="2 are active"):
             vera_fx.to_lora(model, tmp_path / "out")
         assert not (tmp_path / "out").exists()
-        vera_fx.to_lora(model, tmp_path / "out", adapter="second")
+        vera_fx.to_lora(model, tmp_path / "out", adapter_name="second")
 
     def test_unknown_adapter(self, tmp_path: Path) -> None:
         _, _, model = adapted("mlp")
         with pytest.raises(vera_fx.AdapterError, match="did you mean 'default'"):
-            vera_fx.to_lora(model, tmp_path, adapter="defautl")
+            vera_fx.to_lora(model, tmp_path, adapter_name="defautl")
 
     def test_merged_with_a_head(self, tmp_path: Path) -> None:
         _, _, model = adapted("bert")

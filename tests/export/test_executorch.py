@@ -75,8 +75,10 @@ def test_another_adapter_is_another_data_file(tmp_path: Path) -> None:
     fill_vectors(model)
     path = export(model, "mlp", tmp_path / "m.pte", "constant")
     other = tmp_path / "new" / "other.ptd"
-    vera_fx.export_executorch_data(model, other, path, adapter="other")
-    same = vera_fx.export_executorch_data(model, tmp_path / "same.ptd", path, adapter="default")
+    vera_fx.export_executorch_data(model, other, path, adapter_name="other")
+    same = vera_fx.export_executorch_data(
+        model, tmp_path / "same.ptd", path, adapter_name="default"
+    )
     x = call_of("mlp", 2)["x"]
     torch.save(x, tmp_path / "x.pt")
     files = [tmp_path / "m.ptd", other, same]
@@ -164,7 +166,7 @@ class TestBadInput:
             ("default", tmp_path / "none.pte", "there is no program"),
         ):
             with pytest.raises(vera_fx.ExportError, match=reason):
-                vera_fx.export_executorch_data(model, data, program, adapter=adapter)
+                vera_fx.export_executorch_data(model, data, program, adapter_name=adapter)
         with pytest.raises(vera_fx.ExportError, match=r"must end in \.ptd"):
             vera_fx.export_executorch_data(model, tmp_path / "o.pt", path)
         with pytest.raises(vera_fx.ExportError, match=r"must end in \.pte"):

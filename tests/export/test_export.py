@@ -145,7 +145,7 @@ def test_positional_and_inactive() -> None:
     base, model = adapted("mlp")
     vera_fx.add_adapter(model, "second")
     fill_vectors(model)
-    program = vera_fx.export_program(model, (call_of("mlp")["x"],), adapter="second")
+    program = vera_fx.export_program(model, (call_of("mlp")["x"],), adapter_name="second")
     assert vera_fx.active_adapters(model) == ["default"]
     trains = {n for n, p in model.named_parameters() if p.requires_grad}
     assert all("second" not in name for name in trains)

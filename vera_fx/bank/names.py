@@ -125,6 +125,6 @@ def one_adapter(known: Names, active: Sequence[str], name: str | None) -> str:
     if len(active) != 1:
         raise AdapterError(
             f"which adapter? {len(active)} are active ({listing(active)}) of {listing(known)}; "
-            "give adapter=... to name one"
+            "give adapter_name=... to name one"
         )
     return active[0]

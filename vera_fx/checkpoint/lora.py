@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vera_fx._renamed import renamed
 from vera_fx.bank.adapter import Adapter
 from vera_fx.bank.bank import AdapterBank
 from vera_fx.bank.names import one_adapter
@@ -30,10 +31,11 @@ ERRORS = "vera_fx.rank_errors"
 _BIASES = {"none": "none", "all": "all", "targets": "lora_only"}
 
 
+@renamed(adapter="adapter_name")
 def to_lora(
     model: nn.Module,
     directory: str | os.PathLike[str],
-    adapter: str | None = None,
+    adapter_name: str | None = None,
     *,
     rank: int | None = None,
 ) -> Path:
@@ -46,7 +48,7 @@ def to_lora(
         model: an adapted model.
         directory: folder for PEFT's two files, which is returned; made if it does not exist. Saved modules and trained
             biases go along.
-        adapter: the adapter to write; None for the active one.
+        adapter_name: the adapter to write; None for the active one.
         rank: reduce to this rank by the best approximation of each target's update; `lora_errors`
             tells before, and the file's metadata after, what is lost. None is exact.
 
@@ -56,7 +58,7 @@ def to_lora(
         CheckpointError: the folder cannot be written to. Files that were there are untouched.
     """
     bank = require_adapted(model)
-    name = one_adapter(bank.adapters, bank.active, adapter)
+    name = one_adapter(bank.adapters, bank.active, adapter_name)
     chosen = bank.adapter(name)
     errors = {} if rank is None else {ERRORS: json.dumps(lora_errors(model, rank, name))}
     tensors = {key: value.detach().cpu().contiguous() for key, value in _lora(bank, chosen, rank)}
@@ -76,13 +78,14 @@ def _write(
     return folder
 
 
-def lora_errors(model: nn.Module, rank: int, adapter: str | None = None) -> dict[str, float]:
+@renamed(adapter="adapter_name")
+def lora_errors(model: nn.Module, rank: int, adapter_name: str | None = None) -> dict[str, float]:
     """What `to_lora` would lose by a smaller rank.
 
     Args:
         model: an adapted model.
         rank: the rank to reduce to.
-        adapter: the adapter; None for the active one.
+        adapter_name: the adapter; None for the active one.
 
     Returns:
         For each target the norm of what is lost, as a share of the norm of the whole update
@@ -93,7 +96,7 @@ def lora_errors(model: nn.Module, rank: int, adapter: str | None = None) -> dict
         ConfigError: ``rank`` is not between 1 and the adapter's.
     """
     bank = require_adapted(model)
-    chosen = bank.adapter(one_adapter(bank.adapters, bank.active, adapter))
+    chosen = bank.adapter(one_adapter(bank.adapters, bank.active, adapter_name))
     check_rank(rank, chosen.config.r)
     forms = _forms(bank, chosen)
     return {path: reduced(form.A, form.B, rank)[2] for path, form in forms}

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from vera_fx._renamed import renamed
 from vera_fx.bank.adapter import Adapter
 from vera_fx.bank.bank import AdapterBank
 from vera_fx.bank.blueprint import blueprint
@@ -66,10 +67,11 @@ def save_adapter(
     return _write(model, bank, adapter_name, tensors, path_of(directory))
 
 
+@renamed(names="adapter_names")
 def save_adapters(
     model: nn.Module,
     directory: str | os.PathLike[str],
-    names: Sequence[str] | None = None,
+    adapter_names: Sequence[str] | None = None,
     *,
     save_embedding_layers: bool | str = "auto",
 ) -> dict[str, Path]:
@@ -81,7 +83,7 @@ def save_adapters(
     Args:
         model: an adapted model.
         directory: the folder; made if it does not exist.
-        names: the adapters to save; None for all.
+        adapter_names: the adapters to save; None for all.
         save_embedding_layers: as for `save_adapter`.
 
     Returns:
@@ -93,10 +95,10 @@ def save_adapters(
         CheckpointError: as for `save_adapter`, from the first adapter that cannot be saved.
     """
     bank = require_adapted(model)
-    chosen = list(bank.adapters) if names is None else list(dict.fromkeys(names))
-    if isinstance(names, str) or not chosen:
+    chosen = list(bank.adapters if adapter_names is None else dict.fromkeys(adapter_names))
+    if isinstance(adapter_names, str) or not chosen:
         raise AdapterError(
-            f"names must be a list of adapters, got {names!r} of {list(bank.adapters)}"
+            f"adapter_names must be a list of adapters, got {adapter_names!r} of {list(bank.adapters)}"
         )
     for name in chosen:
         check_known(name, bank.adapters)

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from vera_fx._renamed import renamed
 from vera_fx.bank.adapter import Adapter, TrainedBias
 from vera_fx.bank.bank import AdapterBank
 from vera_fx.bank.blueprint import Blueprint, blueprint
@@ -31,7 +32,8 @@ from vera_fx.graphs.runtime import require_adapted
 from vera_fx.safetensors_file import unique
 
 
-def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
+@renamed(name="adapter_name")
+def adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
     """The adapter's tensors under PEFT's keys, detached but not copied.
 
     ``base_model.model.<target>.<name>`` for the vectors of every target, trained biases and saved
@@ -42,8 +44,8 @@ def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Ten
         AdapterError: the model is not adapted, or there is no such adapter.
     """
     bank = require_adapted(model)
-    check_known(name, bank.adapters)
-    adapter = bank.adapter(name)
+    check_known(adapter_name, bank.adapters)
+    adapter = bank.adapter(adapter_name)
     state = {key: tensor.detach() for key, tensor in owned_tensors(adapter)}
     if adapter.config.saves_shared:
         shared, keys = bank.projections_of(adapter).tensors, shared_keys(adapter.kind)
@@ -67,10 +69,11 @@ def _owners(adapter: Adapter) -> Iterator[tuple[str, nn.Module]]:
         yield f"{KEY_PREFIX}{plain(path)}.{'base_layer.' if wrapped else ''}", module
 
 
+@renamed(name="adapter_name")
 def load_adapter_state_dict(
     model: nn.Module,
     state: Mapping[str, Tensor],
-    name: str = "default",
+    adapter_name: str = "default",
     *,
     allow_nonfinite: bool = False,
 ) -> None:
@@ -79,7 +82,7 @@ def load_adapter_state_dict(
     Args:
         model: an adapted model.
         state: the tensors.
-        name: the adapter.
+        adapter_name: the adapter.
         allow_nonfinite: also load values that are NaN or infinite.
 
     Raises:
@@ -87,14 +90,14 @@ def load_adapter_state_dict(
         CheckpointError: a tensor is missing, unknown, of another shape or kind of dtype, without
             values or not finite. Nothing is changed then.
     """
-    bank = _bank_to_load_into(model, name)
-    adapter, source = bank.adapter(name), f"the state given for adapter {name!r}"
+    bank = _bank_to_load_into(model, adapter_name)
+    adapter, source = bank.adapter(adapter_name), f"the state given for adapter {adapter_name!r}"
     pair, expected = bank.projections_of(adapter), dict(owned_tensors(adapter))
     state = _plain_state(state, source)
     given = take_shared(adapter.kind, state, source)
     if given is not None and not pair.equals(given):
         raise CheckpointError(
-            f"the projections given for adapter {name!r} differ from those it was made with; "
+            f"the projections given for adapter {adapter_name!r} differ from those it was made with; "
             "load the files under another name with load_adapter"
         )
     check_state(expected, state, source=source, others=shared_keys(adapter.kind).values())
@@ -107,13 +110,13 @@ def load_adapter_state_dict(
             tensor.copy_(values[key])
 
 
-def _bank_to_load_into(model: nn.Module, name: str) -> AdapterBank:
+def _bank_to_load_into(model: nn.Module, adapter_name: str) -> AdapterBank:
     bank = require_adapted(model)
-    check_known(name, bank.adapters)
-    if name in bank.merged:
+    check_known(adapter_name, bank.adapters)
+    if adapter_name in bank.merged:
         raise AdapterError(
-            f"adapter {name!r} is merged into the base, which would not follow; unmerge the model before "
-            "loading into it"
+            f"adapter {adapter_name!r} is merged into the base, which would not follow; unmerge the "
+            "model before loading into it"
         )
     return bank
 

@@ -12,6 +12,7 @@ import torch._inductor
 from torch import nn
 from torch.export import ExportedProgram
 
+from vera_fx._renamed import renamed
 from vera_fx.errors import ExportError, first_line
 from vera_fx.export.files import MANIFEST, manifest_of, with_suffix
 from vera_fx.export.module import AUTO
@@ -19,13 +20,14 @@ from vera_fx.export.program import export_call
 from vera_fx.files import archive_at, moved_into
 
 
+@renamed(adapter="adapter_name")
 def export_aoti(  # noqa: D417, PLR0913
     model: nn.Module,
     path: str | os.PathLike[str],
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
-    adapter: str | None = None,
+    adapter_name: str | None = None,
     form: str = "merged",
     dynamic_shapes: Mapping[str, Any] | str | None = AUTO,
     inductor_configs: Mapping[str, Any] | None = None,
@@ -50,7 +52,9 @@ def export_aoti(  # noqa: D417, PLR0913
     """
     target = with_suffix(path, ".pt2", "AOTInductor's packages")
     call = tuple(args), dict(kwargs or {})
-    program = export_call(model, call, adapter=adapter, form=form, dynamic_shapes=dynamic_shapes)
+    program = export_call(
+        model, call, adapter=adapter_name, form=form, dynamic_shapes=dynamic_shapes
+    )
     _build(program, target, inductor_configs or {})
     return target
 

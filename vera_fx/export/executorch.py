@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
+from vera_fx._renamed import renamed
 from vera_fx.errors import ExportError, first_line
 from vera_fx.export.files import MANIFEST, manifest_of, with_suffix
 from vera_fx.export.module import AUTO
@@ -27,13 +28,14 @@ from vera_fx.passes import ContiguousAttention
 _ALIGNMENT = 16
 
 
+@renamed(adapter="adapter_name")
 def export_executorch(  # noqa: D417, PLR0913
     model: nn.Module,
     path: str | os.PathLike[str],
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
-    adapter: str | None = None,
+    adapter_name: str | None = None,
     form: str = "merged",
     dynamic_shapes: Mapping[str, Any] | str | None = AUTO,
     partitioners: Sequence[Any] = (),
@@ -58,7 +60,7 @@ def export_executorch(  # noqa: D417, PLR0913
     _require()
     call, passes = (tuple(args), dict(kwargs or {})), (ContiguousAttention(),)
     program = export_call(
-        model, call, adapter=adapter, form=form, dynamic_shapes=dynamic_shapes, passes=passes
+        model, call, adapter=adapter_name, form=form, dynamic_shapes=dynamic_shapes, passes=passes
     )
     lowered = _lower(program, target.stem, partitioners)
     with _written("program", target) as aside:
@@ -69,12 +71,13 @@ def export_executorch(  # noqa: D417, PLR0913
     return target
 
 
+@renamed(adapter="adapter_name")
 def export_executorch_data(
     model: nn.Module,
     path: str | os.PathLike[str],
     program: str | os.PathLike[str],
     *,
-    adapter: str | None = None,
+    adapter_name: str | None = None,
 ) -> Path:
     """Write an adapter's data for a program of form ``"constant"`` that `export_executorch` wrote.
 
@@ -82,7 +85,7 @@ def export_executorch_data(
         model: an adapted model.
         path: the data file, ``.ptd``; its folder is made if it does not exist.
         program: the program's path, ``.pte``.
-        adapter: the adapter; None for the active one.
+        adapter_name: the adapter; None for the active one.
 
     Returns:
         The path.
@@ -96,7 +99,7 @@ def export_executorch_data(
     target = with_suffix(path, ".ptd", "ExecuTorch's data files")
     _require()
     manifest = _manifest_at(Path(program))
-    blob = _flat_tensors(program_vectors(model, adapter, manifest))
+    blob = _flat_tensors(program_vectors(model, adapter_name, manifest))
     with _written("data", target) as aside, (aside / target.name).open("wb") as file:
         blob.write_to_file(file)
     return target

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
+from vera_fx._renamed import renamed
 from vera_fx._torch import tree_flatten_with_path, tree_unflatten
 from vera_fx.errors import ExportError, first_line
 from vera_fx.export.files import MANIFEST, manifest_of, with_suffix
@@ -20,13 +21,14 @@ from vera_fx.files import moved_into
 from vera_fx.passes import ZeroMaskedRows
 
 
+@renamed(adapter="adapter_name")
 def export_onnx(  # noqa: D417, PLR0913
     model: nn.Module,
     path: str | os.PathLike[str],
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
-    adapter: str | None = None,
+    adapter_name: str | None = None,
     form: str = "merged",
     dynamic_shapes: Mapping[str, Any] | str | None = AUTO,
     external_data: bool | None = None,
@@ -56,7 +58,7 @@ def export_onnx(  # noqa: D417, PLR0913
     call, passes = (tuple(args), dict(kwargs or {})), (ZeroMaskedRows(),)
     # The passes say in operators what torch's attention means where ONNX's means something else.
     program = export_call(
-        model, call, adapter=adapter, form=form, dynamic_shapes=dynamic_shapes, passes=passes
+        model, call, adapter=adapter_name, form=form, dynamic_shapes=dynamic_shapes, passes=passes
     )
     _write(_convert(program), target, external_data)
     return target

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from vera_fx._renamed import renamed
 from vera_fx._torch import tree_flatten
 from vera_fx.bank.bank import AdapterBank
 from vera_fx.bank.names import one_adapter
@@ -28,12 +29,13 @@ from vera_fx.passes import GraphPass
 from vera_fx.pipelines import run_pipeline
 
 
+@renamed(adapter="adapter_name")
 def export_program(
     model: nn.Module,
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
-    adapter: str | None = None,
+    adapter_name: str | None = None,
     form: str = "merged",
     dynamic_shapes: Mapping[str, Any] | str | None = AUTO,
 ) -> ExportedProgram:
@@ -46,7 +48,7 @@ def export_program(
         model: an adapted model in eval mode.
         args: positional arguments of an example call.
         kwargs: keyword arguments of an example call.
-        adapter: the adapter to export; None for the active one.
+        adapter_name: the adapter to export; None for the active one.
         form: ``"merged"`` folds the adapter into the weights; ``"constant"`` keeps the branch, with
             projections and vectors among the program's tensors (``vera.*``); ``"input"`` takes the
             vectors as the keyword argument ``vectors``, a dict that `program_vectors` makes, so
@@ -65,7 +67,7 @@ def export_program(
         The model is unchanged after any of them.
     """
     call = tuple(args), dict(kwargs or {})
-    return export_call(model, call, adapter=adapter, form=form, dynamic_shapes=dynamic_shapes)
+    return export_call(model, call, adapter=adapter_name, form=form, dynamic_shapes=dynamic_shapes)
 
 
 def export_call(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from vera_fx._renamed import renamed
 from vera_fx.bank.adapter import Adapter
 from vera_fx.bank.bank import bank_of
 from vera_fx.bank.build import attribute_of
@@ -21,8 +22,9 @@ from vera_fx.mixing.check import BASE
 from vera_fx.products.kinds import place_of
 
 
+@renamed(name="adapter_names")
 def program_vectors(
-    model: nn.Module, name: str | Sequence[str] | None = None, program: Any = None
+    model: nn.Module, adapter_names: str | Sequence[str] | None = None, program: Any = None
 ) -> dict[str, Tensor]:
     """An adapter's tensors as a program takes them, detached but not copied.
 
@@ -33,11 +35,11 @@ def program_vectors(
 
     Args:
         model: an adapted model.
-        name: the adapter, None for the active one; or a list of adapters to stack, in which
+        adapter_names: the adapter, None for the active one; or a list of adapters to stack, in which
             ``"__base__"`` stands for the plain base.
         program: the program to make them for and to check them against: from `export_program`,
             `load_program`, or an AOTInductor package; None for one of form ``"input"``, or of form
-            ``"rows"`` if ``name`` is a list, unchecked.
+            ``"rows"`` if ``adapter_names`` is a list, unchecked.
 
     Raises:
         AdapterError: the model is not adapted, there is no such adapter, or several are active.
@@ -46,12 +48,12 @@ def program_vectors(
     """
     bank = require_adapted(model)
     manifest = None if program is None else manifest_of(program)
-    if name is None or isinstance(name, str):
-        name = one_adapter(bank.adapters, bank.active, name)
+    if adapter_names is None or isinstance(adapter_names, str):
+        name = one_adapter(bank.adapters, bank.active, adapter_names)
         if manifest is None or manifest.get("form") != "rows":
             return _fitting(model, name, manifest)
-        name = [name]
-    return _stacked(model, list(name), manifest)
+        adapter_names = [name]
+    return _stacked(model, list(adapter_names), manifest)
 
 
 def _fitting(model: nn.Module, name: str, manifest: dict[str, Any] | None) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from vera_fx._context import changing, one_at_a_time
+from vera_fx._renamed import renamed
 from vera_fx._torch import normal_tensors
 from vera_fx.bank.bank import AdapterBank
 from vera_fx.bank.blueprint import blueprint
@@ -22,10 +23,11 @@ from vera_fx.model.mergeable import check_compatible
 from vera_fx.model.merging import resume, suspend, unmerge
 
 
+@renamed(name="adapter_name")
 @one_at_a_time
 def add_adapter(
     model: nn.Module,
-    name: str,
+    adapter_name: str,
     config: AdapterConfig | None = None,
     *,
     autocast_adapter_dtype: bool = True,
@@ -34,7 +36,7 @@ def add_adapter(
 
     Args:
         model: an adapted model.
-        name: the new adapter's name.
+        adapter_name: the new adapter's name.
         config: its configuration; None for that of the first adapter.
         autocast_adapter_dtype: keep the vectors of half-precision models in float32, as PEFT does.
 
@@ -44,19 +46,19 @@ def add_adapter(
         TargetError: the targets do not fit the model.
     """
     bank = require_adapted(model)
-    check_name(name, bank.adapters)
+    check_name(adapter_name, bank.adapters)
     config = config or _first_config(bank)
     check_config(config)
     targets = resolve_targets(model, config)
     plan = blueprint(model, config, targets, autocast=autocast_adapter_dtype)
     if bank.merged and (plan.saved or plan.biases):
         raise AdapterError(
-            f"adapter {name!r} would start from copies of {listing([*plan.saved, *plan.biases])}, and "
+            f"adapter {adapter_name!r} would start from copies of {listing([*plan.saved, *plan.biases])}, and "
             f"{listing(bank.merged)} is merged into the base; unmerge the model before adding it"
         )
     with normal_tensors():
         adapter = build_adapter(model, plan)
-        install(model, bank, name, adapter, draw(plan), plan.targets)
+        install(model, bank, adapter_name, adapter, draw(plan), plan.targets)
     bank.bind()
 
 
@@ -68,8 +70,9 @@ def _first_config(bank: AdapterBank) -> AdapterConfig:
     )
 
 
+@renamed(name="adapter_name")
 @one_at_a_time
-def delete_adapter(model: nn.Module, name: str) -> None:
+def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     """Delete an adapter. If it was active, the others that are active stay so.
 
     None takes its place: without another active adapter the model computes its plain base, and a
@@ -79,23 +82,24 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         AdapterError: there is no such adapter, or it is merged.
     """
     bank = require_adapted(model)
-    check_known(name, bank.adapters)
-    if name in bank.merged:
+    check_known(adapter_name, bank.adapters)
+    if adapter_name in bank.merged:
         raise AdapterError(
-            f"adapter {name!r} is merged into the base; unmerge the model before deleting it"
+            f"adapter {adapter_name!r} is merged into the base; unmerge the model before deleting it"
         )
     was_active = bank.active
-    bank.remove(name)
-    if was_active == (name,) and bank.adapters:
+    bank.remove(adapter_name)
+    if was_active == (adapter_name,) and bank.adapters:
         warnings.warn(
-            f"Adapter {name!r} was active which is now deleted. No adapter is active now, so the model "
+            f"Adapter {adapter_name!r} was active which is now deleted. No adapter is active now, so the model "
             f"computes its plain base; choose one of {listing(bank.adapters)} with set_adapter.",
-            stacklevel=2,
+            stacklevel=4,
         )
 
 
+@renamed(names="adapter_names")
 @one_at_a_time
-def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
+def set_adapter(model: nn.Module, adapter_names: str | Sequence[str]) -> None:
     """Make one adapter active, or several whose branches add up.
 
     Only active adapters train, and of those only the ones that were not loaded for inference.
@@ -104,21 +108,26 @@ def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
         AdapterError: an unknown name, or two adapters that each bring their own copy of one module.
     """
     bank = require_adapted(model)
-    wanted = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
+    wanted = (
+        (adapter_names,) if isinstance(adapter_names, str) else tuple(dict.fromkeys(adapter_names))
+    )
     for name in wanted:
         check_known(name, bank.adapters)
     check_compatible(bank, wanted)
     if bank.merged:
         warnings.warn(
             "Adapter cannot be set when the model is merged. Unmerging the model first.",
-            stacklevel=2,
+            stacklevel=4,
         )
         unmerge(model)
     bank.activate(wanted)
 
 
+@renamed(names="adapter_names")
 @one_at_a_time
-def set_trainable(model: nn.Module, names: str | Sequence[str], *, trainable: bool = True) -> None:
+def set_trainable(
+    model: nn.Module, adapter_names: str | Sequence[str], *, trainable: bool = True
+) -> None:
     """Let adapters train, or freeze them, whatever they were made for.
 
     One that may train does so while it is active; one that may not stays frozen through every
@@ -126,14 +135,14 @@ def set_trainable(model: nn.Module, names: str | Sequence[str], *, trainable: bo
 
     Args:
         model: an adapted model.
-        names: one adapter or several.
+        adapter_names: one adapter or several.
         trainable: False to freeze them.
 
     Raises:
         AdapterError: an unknown name; nothing is changed then.
     """
     bank = require_adapted(model)
-    chosen = (names,) if isinstance(names, str) else tuple(names)
+    chosen = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
     for name in chosen:
         check_known(name, bank.adapters)
     for name in chosen:

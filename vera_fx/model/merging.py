@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from vera_fx._context import changing
+from vera_fx._renamed import renamed
 from vera_fx.bank.adapter import Adapter, Folded
 from vera_fx.bank.bank import AdapterBank
 from vera_fx.bank.build import attribute_of
@@ -22,9 +23,10 @@ from vera_fx.model.mergeable import (
 )
 
 
+@renamed(names="adapter_names")
 def merge(
     model: nn.Module,
-    names: Sequence[str] | str | None = None,
+    adapter_names: Sequence[str] | str | None = None,
     *,
     safe: bool = True,
     keep_base: bool = False,
@@ -36,7 +38,7 @@ def merge(
 
     Args:
         model: an adapted model.
-        names: adapters to merge; None for the active ones.
+        adapter_names: adapters to merge; None for the active ones.
         safe: refuse to merge if a result has NaN or infinity, before any weight is changed.
         keep_base: keep a copy of the weights, so that `unmerge` restores them bit for bit. Without
             it `unmerge` subtracts, which restores them to rounding.
@@ -47,7 +49,7 @@ def merge(
     bank = require_adapted(model)
     with changing():
         check_enabled(bank)
-        todo = _to_merge(bank, names)
+        todo = _to_merge(bank, adapter_names)
         check_ties(bank, todo)
         check_mergeable(model, bank, todo, safe=safe)
         check_together(bank, todo)
@@ -106,7 +108,7 @@ def _to_merge(bank: AdapterBank, names: Sequence[str] | str | None) -> list[str]
         check_known(name, bank.adapters)
     todo = [name for name in dict.fromkeys(wanted) if name not in bank.merged]
     if wanted and not todo:
-        warnings.warn("All adapters are already merged, nothing to do.", stacklevel=3)
+        warnings.warn("All adapters are already merged, nothing to do.", stacklevel=4)
     return todo
 
 
