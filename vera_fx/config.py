@@ -2,7 +2,9 @@
 
 import dataclasses
 import numbers
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
 from vera_fx.errors import ConfigError, listing, nearest, shown
@@ -47,6 +49,10 @@ class AdapterConfig:
         init_weights: whether the first values are those of the kind's paper.
         plan: how branches are computed.
         task_type: PEFT's task type.
+        inference_mode: whether an adapter made from it never trains.
+        base_model_name_or_path: noted in files where the model itself does not say it.
+        revision: likewise.
+        auto_mapping: taken for PEFT's sake.
     """
 
     r: int
@@ -60,6 +66,16 @@ class AdapterConfig:
     init_weights: bool
     plan: str
     task_type: str | None
+    inference_mode: bool
+    base_model_name_or_path: str | None
+    revision: str | None
+    auto_mapping: Mapping[str, str] | None
+
+    peft_type: ClassVar[str]
+    """What configurations on disk call the kind."""
+
+    read_file: ClassVar[Callable[[Path], "AdapterConfig"]]
+    """Reads a folder's file; set by `vera_fx.checkpoint`, which knows the form."""
 
     biases: ClassVar[tuple[str, str, str]] = ("none", "all", "targets_only")
     """What ``bias`` may be: for none, for all of the model, and for those of targets."""
@@ -79,7 +95,7 @@ class AdapterConfig:
         if self.task_type is not None:
             self._set("task_type", str(getattr(self.task_type, "value", self.task_type)))
             check_choice("task_type", self.task_type, TASK_TYPES)
-        for name in ("init_weights", "fan_in_fan_out"):
+        for name in ("init_weights", "fan_in_fan_out", "inference_mode"):
             check_flag(name, getattr(self, name))
 
     def _set(self, name: str, value: Any) -> None:
@@ -106,6 +122,33 @@ class AdapterConfig:
             ConfigError: a value cannot be used.
         """
         return dataclasses.replace(cast("Any", self), **changes)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike[str], **changes: Any) -> Self:
+        """Read the configuration in a folder that vera_fx or PEFT saved, ``adapter_config.json``.
+
+        Whether it may train is for the caller to say: what PEFT notes is always that it may not.
+
+        Args:
+            directory: the folder.
+            changes: other values for some fields.
+
+        Raises:
+            CheckpointError: the file is missing or damaged.
+            ConfigError: it is for another kind of adapter, or a value cannot be used.
+        """
+        found = AdapterConfig.read_file(Path(directory))
+        if not isinstance(found, cls):
+            raise ConfigError(
+                f"{directory} holds a {type(found).__name__}, not a {cls.__name__}; read it with "
+                f"{type(found).__name__}.from_pretrained"
+            )
+        return found.replace(**changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields by name, and ``peft_type``, as PEFT's ``to_dict`` has them."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(cast("Any", self))}
+        return {**values, "peft_type": self.peft_type}
 
     @property
     def dropout(self) -> float:

@@ -1,5 +1,8 @@
 """The kinds of branch that the library knows: a kind is registered here, by one line."""
 
+from dataclasses import fields
+from typing import Any, cast
+
 from vera_fx.branches.dvora.kind import DVORA
 from vera_fx.branches.protocol import BranchKind
 from vera_fx.branches.vera.kind import VERA
@@ -19,6 +22,21 @@ def kind_of(config: AdapterConfig) -> BranchKind:
 def is_config(value: object) -> bool:
     """True for the configuration of a known kind."""
     return isinstance(value, tuple(kind.config for kind in KINDS))
+
+
+def config_from(value: object) -> object:
+    """PEFT's configuration of a known kind as ours; anything else as it is.
+
+    Raises:
+        ConfigError: a value in it cannot be used.
+    """
+    theirs = any(base.__module__.partition(".")[0] == "peft" for base in type(value).__mro__)
+    peft_type = getattr(value, "peft_type", None)
+    kind = kind_called(getattr(peft_type, "value", peft_type))
+    if is_config(value) or not theirs or kind is None:
+        return value
+    names = (field.name for field in fields(cast("Any", kind.config)))
+    return kind.config(**{name: getattr(value, name) for name in names if hasattr(value, name)})
 
 
 def kind_named(name: str) -> BranchKind:

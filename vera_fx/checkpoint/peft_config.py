@@ -67,11 +67,13 @@ def to_json(model: nn.Module, adapter: Adapter, config: AdapterConfig) -> str:
         values["layers_to_transform"] = values["layers_pattern"] = None
     values.update(
         auto_mapping=auto_mapping(model, config),
-        base_model_name_or_path=base_model_name(model) or adapter.origin.get(_BASE),
+        base_model_name_or_path=base_model_name(model)
+        or adapter.origin.get(_BASE)
+        or config.base_model_name_or_path,
         inference_mode=True,
         peft_type=adapter.kind.peft_type,
         peft_version=PEFT_VERSION,
-        revision=adapter.origin.get(_REVISION),
+        revision=adapter.origin.get(_REVISION) or config.revision,
     )
     return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
@@ -178,7 +180,7 @@ def parse_config(text: bytes | str, where: str) -> Mapping[str, Any]:
 def _fields(config: type[AdapterConfig]) -> frozenset[str]:
     """The fields that PEFT knows as well."""
     names = (field.name for field in fields(cast("Any", config)))
-    return frozenset(names) - {"exclude_modules", "plan"}
+    return frozenset(names) - _PEFTS - {"exclude_modules", "plan"}
 
 
 def _check_keys(where: str, values: Mapping[str, Any], names: frozenset[str]) -> None:

@@ -167,3 +167,13 @@ def _config_text(folder: Path) -> bytes | None:
         return None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def _read_config(directory: Path) -> AdapterConfig:
+    """What `AdapterConfig.from_pretrained` reads."""
+    with open_saved(path_of(directory)) as saved:
+        name, revision = (saved.origin.get(k) for k in ("base_model_name_or_path", "revision"))
+        return saved.config.replace(base_model_name_or_path=name, revision=revision)
+
+
+AdapterConfig.read_file = _read_config

@@ -14,7 +14,7 @@ from vera_fx.bank.names import check_name
 from vera_fx.base.hf import register_types
 from vera_fx.base.modules import BANK, base_modules
 from vera_fx.base.targets import resolve_targets
-from vera_fx.branches.kinds import KINDS, is_config
+from vera_fx.branches.kinds import KINDS, config_from, is_config
 from vera_fx.config import AdapterConfig
 from vera_fx.errors import AdapterError, ConfigError
 from vera_fx.graphs.around import prepare
@@ -42,7 +42,7 @@ def adapt(
 
     Args:
         model: any ``nn.Module``, a Hugging Face model or not.
-        config: what to adapt and how.
+        config: what to adapt and how; PEFT's own ``VeraConfig`` is taken as well.
         adapter_name: name of the first adapter.
         example_inputs: arguments of one call (a mapping of keywords, or a sequence) to capture
             right away; otherwise each signature is captured at its first call.
@@ -58,12 +58,12 @@ def adapt(
         CaptureError: ``example_inputs`` are no call that could be captured.
         After any of them the model is what it was before.
     """
-    check_adaptable(model, config)
+    config = check_adaptable(model, config)
     check_name(adapter_name, taken=())
-    targets = resolve_targets(model, config)
-    plan = blueprint(model, config, targets, autocast=autocast_adapter_dtype)
+    plan = blueprint(model, config, resolve_targets(model, config), autocast=autocast_adapter_dtype)
     with normal_tensors():
-        adapt_with(model, adapter_name, build_adapter(model, plan), draw(plan), plan)
+        adapter = build_adapter(model, plan, trainable=not config.inference_mode)
+        adapt_with(model, adapter_name, adapter, draw(plan), plan)
     if example_inputs is not None:
         _capture_example(model, example_inputs)
     return model
@@ -95,16 +95,17 @@ def adapt_with(
         raise
 
 
-def check_adaptable(model: nn.Module, config: AdapterConfig) -> None:
-    """Refuse what cannot be adapted, before anything is built.
+def check_adaptable(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
+    """Refuse what cannot be adapted, before anything is built; gives `checked_config`.
 
     Raises:
         ConfigError: wrong kinds of arguments.
         AdapterError: the model is adapted already or cannot hold a bank.
     """
-    check_config(config)
+    config = checked_config(config)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model must be a torch.nn.Module, got a {type(model).__name__}")
+    _check_not_pefts(model)
     if hasattr(model, "_orig_mod"):
         raise AdapterError(
             "this is the wrapper that torch.compile made; adapt the model that was given to "
@@ -129,19 +130,40 @@ def check_adaptable(model: nn.Module, config: AdapterConfig) -> None:
             f"the forward of this {type(model).__name__} was replaced on the object (by a wrapper such "
             "as accelerate's); adapt the model before it is wrapped"
         )
+    return config
 
 
-def check_config(config: object) -> None:
-    """Refuse what is no configuration of an adapter.
+def _check_not_pefts(model: nn.Module) -> None:
+    wrapped = [path for path, module in model.named_modules() if _is_pefts(module)]
+    if wrapped:
+        where = "this is" if not wrapped[0] else f"{wrapped[0]!r} in this {type(model).__name__} is"
+        raise AdapterError(
+            f"{where} PEFT's, which has replaced layers of the model; give vera_fx the plain model: "
+            "peft_model.unload(), or peft_model.merge_and_unload() to keep what was trained. An adapter "
+            "that PEFT saved is read by vera_fx.load_adapter(base_model, folder)"
+        )
+
+
+def _is_pefts(module: nn.Module) -> bool:
+    bases = {
+        f"{base.__module__.partition('.')[0]}.{base.__name__}" for base in type(module).__mro__
+    }
+    return not bases.isdisjoint({"peft.PeftModel", "peft.BaseTuner", "peft.BaseTunerLayer"})
+
+
+def checked_config(config: object) -> AdapterConfig:
+    """A configuration of an adapter, ours or PEFT's, as ours; refuses anything else.
 
     Raises:
         ConfigError: with what was given.
     """
-    if not is_config(config):
+    config = config_from(config)
+    if not isinstance(config, AdapterConfig) or not is_config(config):
         known = " or ".join(f"vera_fx.{kind.config.__name__}" for kind in KINDS)
         kind = type(config)
         module = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
         raise ConfigError(f"config must be a {known}, got a {module}{kind.__qualname__}")
+    return config
 
 
 def _capture_example(model: nn.Module, inputs: Sequence[Any] | Mapping[str, Any]) -> None:

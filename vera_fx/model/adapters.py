@@ -18,7 +18,7 @@ from vera_fx.base.targets import resolve_targets
 from vera_fx.config import AdapterConfig
 from vera_fx.errors import AdapterError, listing
 from vera_fx.graphs.runtime import require_adapted
-from vera_fx.model.adapt import check_config
+from vera_fx.model.adapt import checked_config
 from vera_fx.model.mergeable import check_compatible
 from vera_fx.model.merging import resume, suspend, unmerge
 
@@ -48,7 +48,7 @@ def add_adapter(
     bank = require_adapted(model)
     check_name(adapter_name, bank.adapters)
     config = config or _first_config(bank)
-    check_config(config)
+    config = checked_config(config)
     targets = resolve_targets(model, config)
     plan = blueprint(model, config, targets, autocast=autocast_adapter_dtype)
     if bank.merged and (plan.saved or plan.biases):
@@ -57,7 +57,7 @@ def add_adapter(
             f"{listing(bank.merged)} is merged into the base; unmerge the model before adding it"
         )
     with normal_tensors():
-        adapter = build_adapter(model, plan)
+        adapter = build_adapter(model, plan, trainable=not config.inference_mode)
         install(model, bank, adapter_name, adapter, draw(plan), plan.targets)
     bank.bind()
 

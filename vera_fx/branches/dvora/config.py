@@ -14,4 +14,5 @@ class DVoraConfig(VeraConfig):
     the norms of the base weight's rows: the adapted model starts at the base.
     """
 
+    peft_type: ClassVar[str] = "DVORA"
     plans: ClassVar[tuple[str, ...]] = ("factored", "dense")

@@ -11,7 +11,7 @@ from vera_fx.branches.protocol import BranchKind, PlanWords
 DVORA = BranchKind(
     name="DVoRA",
     paper="arXiv 2402.09353",
-    peft_type="DVORA",
+    peft_type=DVoraConfig.peft_type,
     config=DVoraConfig,
     parameters=DVoraParameters(),
     maths=DVoraMaths(),

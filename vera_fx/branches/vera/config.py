@@ -1,7 +1,7 @@
 """The configuration of a VeRA adapter: PEFT's field names, meanings and defaults."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import ClassVar, Self
 
 from vera_fx.config import SEEDS, AdapterConfig, check_finite, check_flag, check_int, check_share
@@ -34,6 +34,10 @@ class VeraConfig(AdapterConfig):
             ``"timed"`` lets it choose by timing the plans on this machine (a few seconds for every
             shape of layer), and ``"memory"`` lets training keep as little as it can.
         task_type: PEFT's task type; classification types add their head to ``modules_to_save``.
+        inference_mode: whether an adapter made from it never trains.
+        base_model_name_or_path: noted in files where the model itself does not say it.
+        revision: likewise.
+        auto_mapping: taken for PEFT's sake; files say what fits the model.
 
     Raises:
         ConfigError: a value cannot be used.
@@ -54,7 +58,12 @@ class VeraConfig(AdapterConfig):
     exclude_modules: Sequence[str] | str | None = None
     plan: str = "auto"
     task_type: str | None = None
+    inference_mode: bool = False
+    base_model_name_or_path: str | None = field(default=None, compare=False)
+    revision: str | None = field(default=None, compare=False)
+    auto_mapping: Mapping[str, str] | None = field(default=None, compare=False)
 
+    peft_type: ClassVar[str] = "VERA"
     biases: ClassVar[tuple[str, str, str]] = ("none", "all", "vera_only")
 
     def __post_init__(self) -> None:

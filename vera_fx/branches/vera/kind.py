@@ -13,7 +13,7 @@ _MERGED = "with E = b∘B∘d: one product by a merged weight"
 VERA = BranchKind(
     name="VeRA",
     paper="arXiv 2310.11454",
-    peft_type="VERA",
+    peft_type=VeraConfig.peft_type,
     config=VeraConfig,
     parameters=VeraParameters(),
     maths=VeraMaths(),
