@@ -26,6 +26,8 @@ tree_unflatten = pytree.tree_unflatten
 tree_map = pytree.tree_map
 tree_flatten_with_path = pytree.tree_flatten_with_path
 register_pytree_node = pytree.register_pytree_node
+MappingKey = pytree.MappingKey
+SUPPORTED_NODES = pytree.SUPPORTED_NODES
 
 SIZE_QUESTIONS = ((ShapeEnv, "evaluate_expr"), (ShapeEnv, "simplify"))
 """Methods by which a trace asks about open sizes; slow traces spend their time below them."""
@@ -163,6 +165,11 @@ def generators_kept(device: torch.device) -> contextlib.AbstractContextManager[N
     ):
         return torch.random.fork_rng(devices=[])
     return torch.random.fork_rng(devices=[cast("Any", device)], device_type=device.type)
+
+
+def in_transform() -> bool:
+    """True inside of ``torch.func.grad``, ``vmap``, ``jvp`` and the like."""
+    return cast("Any", torch._C)._functorch.peek_interpreter_stack() is not None
 
 
 def any_autocast() -> bool:

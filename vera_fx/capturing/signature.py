@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vera_fx._torch import TreeSpec, tree_flatten, tree_unflatten
+from vera_fx._torch import (
+    SUPPORTED_NODES,
+    MappingKey,
+    TreeSpec,
+    register_pytree_node,
+    tree_flatten,
+    tree_unflatten,
+)
 from vera_fx.capturing.open_integers import integers_as_sizes
 from vera_fx.errors import CaptureError
 
@@ -110,7 +117,7 @@ class CallReader:
         arguments.update(kwargs)
         defaults = self._defaults
         return {
-            name: value
+            name: _read(value)
             for name, value in arguments.items()
             if not (value is None and defaults.get(name, inspect) is None)
         }
@@ -126,6 +133,38 @@ class CallReader:
             if name not in by_position and not name.startswith("*")
         }
         return [*positional, *extra], keywords
+
+
+class Items(dict[str, Any]):
+    """What a mapping held when a model was called with it, as a pytree.
+
+    Reads attributes as keys, like ``transformers.BatchEncoding``.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+def _with_keys(items: Any) -> tuple[list[tuple[Any, Any]], Any]:
+    return [(MappingKey(name), value) for name, value in items.items()], list(items)
+
+
+register_pytree_node(
+    Items,
+    lambda items: (list(items.values()), list(items)),
+    lambda values, names: Items(zip(names, values, strict=True)),
+    flatten_with_keys_fn=_with_keys,
+)
+
+
+def _read(value: Any) -> Any:
+    """A mapping that torch knows no tree of (BatchEncoding, UserDict) as `Items`; all else as it is."""
+    if isinstance(value, (Tensor, *CONSTANTS)) or not isinstance(value, Mapping):
+        return value
+    return value if type(value) in SUPPORTED_NODES else Items(value)
 
 
 def _add_tensor(value: Tensor, leaves: list[Tensor], key: list[Hashable]) -> None:

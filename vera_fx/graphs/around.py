@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from vera_fx._torch import outside_dynamo, skip_frame
+from vera_fx._torch import in_transform, outside_dynamo, skip_frame
 from vera_fx.bank.bank import bank_of
 from vera_fx.capturing.export_call import Capture
 from vera_fx.capturing.returned_objects import restore
@@ -68,7 +68,9 @@ def prepare(
     names = kwargs.pop("adapter_names", None)
     call = runtime.read(model, args, kwargs)
     if call is None:
-        _refuse_names(model, names)
+        _refuse_names(
+            model, names, "an argument is neither a tensor nor a constant nor a tree of them"
+        )
         return None
     mix = _mix_for(model, call, names)
     ready, switches = runtime.ready(model, call, mix)
@@ -102,11 +104,26 @@ def _switched(prepared: Prepared) -> AdapterError:
     )
 
 
-def _refuse_names(model: nn.Module, names: Any) -> None:
+def transformed(model: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """True for a call inside of a transform of ``torch.func``, where no graph can run.
+
+    Tensors there stand for others, which torch.export cannot trace and the library's own functions
+    cannot differentiate.
+
+    Raises:
+        CaptureError: the call mixes adapters, which only graphs can do.
+    """
+    if not in_transform():
+        return False
+    _refuse_names(model, kwargs.get("adapter_names"), "torch.func transforms it")
+    return True
+
+
+def _refuse_names(model: nn.Module, names: Any, why: str) -> None:
     if names is not None or held_by(bank_of(model)) is not None:
         raise CaptureError(
-            "adapter_names needs the call as one graph, and an argument is neither a tensor nor a "
-            "constant nor a tree of them; call the model once per adapter (set_adapter)"
+            f"adapter_names needs the call as one graph, and {why}; call the model once per adapter "
+            "(set_adapter)"
         )
 
 

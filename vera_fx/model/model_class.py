@@ -10,7 +10,7 @@ from vera_fx._torch import skip_frame
 from vera_fx.bank.bank import bank_of
 from vera_fx.base.modules import extended_class, is_extended, original_class
 from vera_fx.errors import AdapterError
-from vera_fx.graphs.around import finish, prepare, run
+from vera_fx.graphs.around import finish, prepare, run, transformed
 from vera_fx.model.containers import container_methods
 from vera_fx.model.methods import methods_for
 from vera_fx.model.python_run import run_in_python
@@ -78,8 +78,8 @@ def _forward_for(base: type[nn.Module]) -> Any:
 
     @skip_frame
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if traced_by_others():
-            # Someone else traces the model: hooks put the branches into the trace.
+        if traced_by_others() or transformed(self, kwargs):
+            # Someone else traces or transforms the model: hooks put the branches there.
             return base.forward(self, *args, **kwargs)
         prepared = prepare(self, args, kwargs)
         if prepared is None:
