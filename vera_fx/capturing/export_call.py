@@ -137,7 +137,7 @@ def _traced(
     """The call as a program, its layers under gradient checkpointing, and what could be left open."""
     while True:
         try:
-            return *trace(model, *entry, call, stateful, opening), opening
+            return *trace(model, entry, call, stateful, opening), opening
         except OutOfTime:
             _tell(model, call, opening)
             opening = opening.next()

@@ -21,18 +21,16 @@ from vera_fx.capturing.signature import Call, CallReader, map_tensors
 
 def trace(
     model: nn.Module,
-    forward: Any,
-    reader: CallReader,
+    entry: tuple[Any, CallReader],
     call: Call,
     stateful: Stateful,
-    opening: Opening = Opening.ALL,
+    opening: Opening,
 ) -> tuple[ExportedProgram, frozenset[str]]:
     """Export one call of a model.
 
     Args:
         model: the live model.
-        forward: the original, unbound forward of the model's class.
-        reader: the reader that took ``call`` apart.
+        entry: the original, unbound forward of its class, and the reader that took ``call`` apart.
         call: the call; its tensors are copied.
         stateful: the arguments that are objects with a state of their own.
         opening: which sizes to leave open.
@@ -46,35 +44,37 @@ def trace(
     """
     clock = Clock(f"{type(model).__name__}({', '.join(call.arguments)})", opening)
     copies = {name: map_tensors(value, _copy) for name, value in call.inputs.items()}
-    names = {f"input_{i}": name for i, name in enumerate(copies) if _has_tensor(copies[name])}
+    names = {f"input_{i}": n for i, n in enumerate(copies) if _has_tensor(copies[n])}
+    inputs = {key: copies[name] for key, name in names.items()}
 
     def run(shell: nn.Module, **given: Any) -> Any:
         arguments = {**copies, **{names[key]: value for key, value in given.items()}}
-        for value in arguments.values():
-            sizes_as_integers(value)
-        args, kwargs = reader.split(arguments)
-        with _stopping(), clock:
-            result = forward(shell, *args, **kwargs)
+        with clock:
+            result = _run(shell, *entry, arguments)
         return mark_returned(result, stateful.pick(arguments))
 
     with clock.running():
-        return _run_traced(model, run, {key: copies[name] for key, name in names.items()}, opening)
-
-
-def _run_traced(
-    model: nn.Module, run: Any, inputs: dict[str, Any], opening: Opening
-) -> tuple[ExportedProgram, frozenset[str]]:
-    """Over a shell; over the live modules if some code holds on to them, past those that it was given."""
-    shapes = _dynamic_shapes(inputs, opening)
-    found = _traced(shell_of(model, run, list(inputs)), inputs, shapes)
-    if any(True for _ in aliased(found[0], model)):
-        found = _traced(shell_of(model, run, list(inputs), live=True), inputs, shapes)
+        found = _traced(shell_of(model, run, list(inputs)), inputs, opening)
+        if any(True for _ in aliased(found[0], model)):
+            # Some code holds on to the live modules, past the ones that it was given: let it have them.
+            found = _traced(shell_of(model, run, list(inputs), live=True), inputs, opening)
     return found
 
 
+def _run(shell: nn.Module, forward: Any, reader: CallReader, arguments: dict[str, Any]) -> Any:
+    for value in arguments.values():
+        sizes_as_integers(value)
+    args, kwargs = reader.split(arguments)
+    try:
+        return forward(shell, *args, **kwargs)
+    except Exception as error:
+        raise _Stopped from error
+
+
 def _traced(
-    shell: nn.Module, inputs: dict[str, Any], shapes: Any
+    shell: nn.Module, inputs: dict[str, Any], opening: Opening
 ) -> tuple[ExportedProgram, frozenset[str]]:
+    shapes = cast("Any", _dynamic_shapes(inputs, opening))
     try:
         with _tracing(shell), checkpointing_recorded(shell) as checkpointed:
             exported = torch.export.export(shell, (), inputs, strict=False, dynamic_shapes=shapes)
@@ -99,14 +99,6 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 class _Stopped(Exception):  # noqa: N818
     """The model's forward raised; torch would print half a graph for some errors of its own."""
-
-
-@contextlib.contextmanager
-def _stopping() -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        raise _Stopped from error
 
 
 def _copy(value: Tensor) -> Tensor:

@@ -56,6 +56,10 @@ class Kept:
         for found in list(self.captures.values()):
             yield from found
 
+    def known(self) -> int:
+        """How many exact calls have a graph, or run in Python."""
+        return len(self._known)
+
     def get(self, call: Hashable, unknown: Any) -> Any:
         """What an exact call runs: a graph, None for Python, or ``unknown``."""
         found = self._known.get(call, unknown)

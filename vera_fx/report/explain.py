@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vera_fx.bank.bank import AdapterBank
 from vera_fx.capturing.export_call import Capture
-from vera_fx.graphs.runtime import require_adapted, runtime_of
+from vera_fx.graphs.runtime import Runtime, require_adapted, runtime_of
 from vera_fx.graphs.variants import Variant
 from vera_fx.passes import Action, PipelineReport, Skip, Target, Why
 from vera_fx.report.page import html_of
@@ -65,6 +65,30 @@ class GraphRow:
     report: PipelineReport
 
 
+class KeptRow(NamedTuple):
+    """What is kept of a model's calls, and the limits, beyond which the least recently used goes.
+
+    Attributes:
+        made: how often it was captured until now.
+        captures: how many captures are kept.
+        most_captures: at most so many of the model, and of each part that runs a graph of its own.
+        calls: how many exact calls are known, which go straight to their graph.
+        most_calls: at most so many, of each as well.
+    """
+
+    made: int
+    captures: int
+    most_captures: int
+    calls: int
+    most_calls: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.captures} captures ({self.made} made, at most {self.most_captures} of one entry), "
+            f"{self.calls} known calls (at most {self.most_calls})"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Explanation:
     """The answer of `explain`; ``str()`` is a table, `html` a page, `svg` a picture.
@@ -86,6 +110,8 @@ class Explanation:
     graphs: tuple[GraphRow, ...]
     python: tuple[tuple[str, str], ...] = ()
     """Paths of modules that run in Python because they cannot be captured whole, and why."""
+    kept: KeptRow | None = None
+    """How much is kept of the calls, and how much may be."""
 
     def __str__(self) -> str:
         return "\n".join(self._lines())
@@ -116,6 +142,7 @@ class Explanation:
         yield f"graphs: {len(self.graphs)}" + (
             "" if self.graphs else " (none captured yet; call the model)"
         )
+        yield f"kept: {self.kept}"
         yield from (f"runs in Python: {path or 'the model'}: {why}" for path, why in self.python)
         for number, graph in enumerate(self.graphs):
             yield f"\ngraph {number}, {graph.mode}: {graph.signature}"
@@ -164,6 +191,18 @@ def explain(model: nn.Module) -> Explanation:
             for variant in by_plans.values()
         ),
         python=tuple(runtime_of(model).parts.reasons.items()),
+        kept=_kept(runtime_of(model)),
+    )
+
+
+def _kept(runtime: Runtime) -> KeptRow:
+    entries = [runtime.kept, *(entry.kept for entry in runtime.entries.values())]
+    return KeptRow(
+        made=sum(kept.made for kept in entries),
+        captures=len(list(runtime.all_captures())),
+        most_captures=runtime.kept.graphs,
+        calls=sum(kept.known() for kept in entries),
+        most_calls=runtime.kept.calls,
     )
 
 
