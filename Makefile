@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 DATA = examples/data/sentiment
 
-.PHONY: demo server load test fuzz test-all test-executorch families lint types bench gpu clean
+.PHONY: demo server load test fuzz test-all test-executorch families mutation lint types bench gpu clean
 
 # One stamp per set of extras; they share the virtual environment.
 $(VENV)/.%: pyproject.toml constraints.txt
@@ -47,6 +47,10 @@ families:
 	$(MAKE) VENV=.venv-timm .venv-timm/.test,timm
 	.venv-timm/bin/python -m pytest -n 2 -p tests.families.torchvision_on_cpu \
 		-p tests.families.table --table docs/families.md tests/families
+
+# Faults in passes, gradients, costs and checkpoints, one at a time: hours. `ARGS="passes/merge_weight.py --sample 20"`.
+mutation: $(VENV)/.test
+	$(BIN)/python -m tests.mutation $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -1,11 +1,29 @@
 """The chooser's rules, without a graph: what it may take, and when a merged weight is folded again."""
 
+from collections.abc import Mapping
+
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import vera_fx
+from tests.models import Attention
 from vera_fx.branches.vera.costs import VeraCosts
-from vera_fx.passes import PLANS, ReadWeight, SiteGroup, Target, Workload, allowed, choose_plans
+from vera_fx.graphs.runtime import runtime_of
+from vera_fx.passes import (
+    PLANS,
+    Assignment,
+    ReadWeight,
+    Reason,
+    SiteGroup,
+    Target,
+    Why,
+    Workload,
+    allowed,
+    choose_plans,
+    site_groups,
+)
 
 COSTS = VeraCosts()
 SIZES = st.integers(1, 5000)
@@ -83,3 +101,119 @@ def test_the_second_fold_counts(plan: str) -> None:
     before, after = (COSTS(T, target(*shape), work, 1)[plan] for T in (8191, 8192))
     fold = 2 * R * shape[0] * shape[1] / work.device.rate(work.itemsize)
     assert 0.99 * fold < after - before < 1.01 * fold
+
+
+class Prices:
+    """Costs by plan: for each row of the input, shared among the sites of a group."""
+
+    def __init__(self, again: tuple[str, ...] = (), **prices: float) -> None:
+        self.again, self.prices = again, prices
+        self.asked: list[tuple[int, str, int]] = []
+
+    def __call__(self, T: int, target: Target, work: Workload, sharing: int) -> Mapping[str, float]:
+        self.asked.append((T, target.path, sharing))
+        return {name: T * price for name, price in self.prices.items()}
+
+    def folds_again(self, T: int, target: Target, work: Workload, sharing: int) -> bool:
+        return target.path in self.again and sharing == 1
+
+
+FREE = Workload((4,), trains=True)
+PRICES = {"factored": 10.0, "merged": 8.0, "dense": 9.0, "scaled": 12.0, "base": 100.0}
+
+
+def site(name: str) -> tuple[str, Target]:
+    return name, Target(name, 4, 4, ReadWeight(), (f"{name}.weight",))
+
+
+GROUPS = [SiteGroup((site("a"), site("b")), (2,)), SiteGroup((site("c"),), (3,))]
+
+
+def test_costs_are_asked_with_rows_and_sharing_and_add_up() -> None:
+    prices = Prices(again=("a", "c"), **PRICES)
+    choice = choose_plans(GROUPS, [2, 3], FREE, prices)
+
+    assert prices.asked == [(2, "a", 2), (2, "b", 2), (3, "c", 1)]
+    assert (choice.cost, choice.base_cost) == (7 * 8.0, 7 * 100.0)
+    assert choice.assignment == Assignment(
+        merged=frozenset("abc"), folds_again=frozenset("c"), exact=False
+    )
+    shares = tuple((plan, PRICES[plan] / 10.0) for plan in PLANS)
+    assert choice.reasons["c"] == Why(Reason.CHEAPEST, 3, shares)
+
+
+def test_tokens_are_given_for_every_group() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        choose_plans(GROUPS, [2], FREE, Prices(**PRICES))
+
+
+@pytest.mark.parametrize(
+    ("more", "kept"), [(0.0, True), (5.0, True), (5.1, False), (-3.0, True), (80.0, False)]
+)
+def test_a_known_graph_is_kept_for_a_twentieth_of_the_base(more: float, kept: bool) -> None:
+    prices = Prices(again=("c",), **{**PRICES, "scaled": 8.0 + more})
+    known = Assignment(scaled=frozenset("abc"))
+    choice = choose_plans(GROUPS, [2, 3], FREE, prices, [known])
+
+    assert (choice.assignment == known) is (kept or more < 0)
+    if kept:
+        assert choice.cost == 7 * (8.0 + more)
+
+
+def test_a_known_graph_keeps_what_it_folds_again() -> None:
+    known = Assignment(merged=frozenset("abc"), folds_again=frozenset("b"))
+    choice = choose_plans(GROUPS, [2, 3], FREE, Prices(again=("c",), **PRICES), [known])
+
+    assert choice.assignment == known
+
+
+def test_the_first_known_graph_that_will_do_is_kept() -> None:
+    far, near = Assignment(dense=frozenset("abc")), Assignment(merged=frozenset("abc"))
+    prices = Prices(**{**PRICES, "dense": 60.0})
+    assert choose_plans(GROUPS, [2, 3], FREE, prices, [far, near]).assignment == near
+
+
+def test_a_restricted_workload_keeps_no_graph() -> None:
+    work = Workload((4,), trains=True, restricted=Reason.DROPOUT)
+    known = Assignment(merged=frozenset("abc"))
+    choice = choose_plans(GROUPS, [2, 3], work, Prices(**PRICES), [known])
+
+    assert choice.assignment == Assignment()
+    assert choice.reasons["a"] == Why(Reason.DROPOUT)
+
+
+@pytest.mark.parametrize(
+    ("work", "exact", "reason"),
+    [
+        (Workload((4,), trains=True, request="factored"), True, Reason.ASKED_FOR),
+        (Workload((4,), trains=True, request="merged"), False, Reason.ASKED_FOR),
+        (Workload((4,), trains=True, slow_half=True), True, Reason.SLOW_HALF),
+        (Workload((4,), trains=True, slow_half=True, request="merged"), False, Reason.ASKED_FOR),
+        (Workload((4,), trains=True, narrow=True), False, Reason.NARROW),
+        (Workload((4, 5), trains=True), False, Reason.SEVERAL_ACTIVE),
+        (Workload((4, 5), trains=True, narrow=True), True, Reason.SEVERAL_ACTIVE),
+        (Workload((4,), trains=True, request="timed"), False, Reason.TIMED),
+    ],
+)
+def test_why_and_in_which_precision(work: Workload, exact: bool, reason: Reason) -> None:
+    choice = choose_plans(GROUPS, [2, 3], work, Prices(**PRICES))
+
+    assert choice.assignment.exact is exact
+    assert {why.reason for why in choice.reasons.values()} == {reason}
+
+
+def test_sites_that_read_one_input_are_a_group() -> None:
+    model = vera_fx.adapt(
+        Attention(), vera_fx.VeraConfig(r=3, target_modules=["query", "key", "out"])
+    )
+    model(torch.randn(2, 6, 12))
+    (capture,) = runtime_of(model).all_captures()
+    targets = model.vera.structure.targets
+
+    shared, alone = site_groups(capture.graph, list(targets.values()))
+
+    assert shared.sites == (("query", targets["query"]), ("key", targets["key"]))
+    assert alone.sites == (("out", targets["out"]),)
+    (value,) = capture.values
+    assert shared.leading == tuple(value.shape[:2])
+    assert len(alone.leading) == 2
