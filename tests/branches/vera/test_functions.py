@@ -116,3 +116,15 @@ def test_gradients_are_taken_once() -> None:
     )
     with pytest.raises(RuntimeError, match="differentiat"):
         torch.autograd.grad(grad.sum(), values["d"])
+
+
+def test_gradients_over_a_float16_base_keep_the_range_of_the_vectors() -> None:
+    given = tensors(6, dtype=torch.float32)
+    small = {**given, "A": given["A"] * 1e-8, "d": given["d"] * 1e8}
+    halves = {name: small[name].half() for name in ("x", "weight", "bias")}
+    values: dict[str, Any] = {**small, **halves}
+    values["d"].requires_grad_()
+    (grad,) = torch.autograd.grad(ours(keeps_z=False, **values).float().sum(), values["d"])
+
+    exact = given["b"] @ (given["B"] * (given["x"] @ small["A"].T).sum(0))
+    assert_close(grad * 1e8, exact * 1e8, factor=1e3)
