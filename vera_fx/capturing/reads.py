@@ -227,7 +227,10 @@ class _Walk:
         if _is_library(function.__module__ or "") and not function.__closure__:
             return
         names = set(_names(function.__code__))
-        if not _is_library(function.__module__ or ""):
+        # A decorator's wrapper takes the name of the module that it was used in, not its globals:
+        # those of torch.compiler.disable change with every call of a compiled model.
+        home = str(function.__globals__.get("__name__", ""))
+        if not _is_library(function.__module__ or "") and not _is_library(home):
             self._mentioned |= names
             self._globals(function.__globals__, names)
         for cell in function.__closure__ or ():
