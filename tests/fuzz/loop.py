@@ -31,10 +31,7 @@ def mutations(target: Any, seed: int, count: int, corpus: list[Files] | None = N
 
 
 def hunt(target: Any, seed: int, seconds: float, out: Path) -> collections.Counter[str]:
-    """Run until the time is over; keep inputs that were read well, and failures, in ``out``.
-
-    Inputs that load although they were changed are good places to go on from.
-    """
+    """Run until the time is over; keep failures in ``out``, and some of the other inputs to go on from."""
     random, counts = Random(seed), collections.Counter[str]()
     seeds, end = [*target.seeds, *stored(out / "corpus" / target.name)], time.monotonic() + seconds
     while time.monotonic() < end:

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -47,6 +48,15 @@ def test_what_is_not_mutated_is_read(name: str, targets) -> None:
     """Else a fuzzer that breaks every input would find nothing."""
     for files in targets[name].seeds[:4]:
         assert targets[name].run(files) is None
+
+
+def test_whatever_the_corpus_holds_can_be_mutated(targets) -> None:
+    """Mutations of mutations of mutations."""
+    random = Random(5)
+    for target in targets.values():
+        for files in target.seeds:
+            for _ in range(60):
+                files = target.mutate(random, files, 2)  # noqa: PLW2901
 
 
 class Planted:
