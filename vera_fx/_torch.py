@@ -167,6 +167,7 @@ def generators_kept(device: torch.device) -> contextlib.AbstractContextManager[N
     return torch.random.fork_rng(devices=[cast("Any", device)], device_type=device.type)
 
 
+@skip_frame
 def in_transform() -> bool:
     """True inside of ``torch.func.grad``, ``vmap``, ``jvp`` and the like."""
     return cast("Any", torch._C)._functorch.peek_interpreter_stack() is not None

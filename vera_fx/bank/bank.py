@@ -39,6 +39,7 @@ class AdapterBank(nn.Module):
         active: names of the active adapters, in order; their branches add up.
         folded: the adapters that are merged, in order, and what takes them out of the base again.
         disabled: how many ``disable_adapters`` blocks are open, in all threads.
+        resting: inside them, the adapters with parameters that required gradients, and these.
         thawed: paths of the base parameters that trained before the model was adapted.
     """
 
@@ -52,7 +53,7 @@ class AdapterBank(nn.Module):
         self.active: tuple[str, ...] = ()
         self.folded: dict[str, Folded] = {}
         self.disabled = 0
-        self._resting: list[tuple[Adapter, list[str]]] = []
+        self.resting: list[tuple[Adapter, list[str]]] = []
         self.thawed: tuple[str, ...] = ()
         self.register_load_state_dict_post_hook(_rebind)
 
@@ -123,28 +124,6 @@ class AdapterBank(nn.Module):
                 self.adapter(name).let_train(allowed=name in self.active, now=self.enabled)
         self.bind()
 
-    def rest(self) -> None:
-        """Let nothing require gradients; `wake` gives back who did."""
-        for name in self.adapters:
-            adapter = self.adapter(name)
-            if adapter.learning or name in self.active:
-                named = [(n, p) for n, p in adapter.named_parameters() if p.requires_grad]
-                self._resting.append((adapter, [n for n, _ in named]))
-                for _, parameter in named:
-                    parameter.requires_grad = False
-
-    def wake(self) -> None:
-        """Let those require gradients that did; after a switch, those of the adapters active now."""
-        resting, self._resting = self._resting, []
-        for name in self.adapters:
-            adapter = self.adapter(name)
-            before = [names for other, names in resting if other is adapter]
-            if before and (adapter.learning or name in self.active):
-                for parameter in before[0]:
-                    adapter.get_parameter(parameter).requires_grad = True
-            elif adapter.learning:
-                adapter.let_train(allowed=True)
-
     def computing(self) -> tuple[str, ...]:
         """Names of the adapters whose branches graphs compute now."""
         if not self.enabled:
@@ -178,29 +157,6 @@ class AdapterBank(nn.Module):
             names = json.dumps(list(self.folded)).encode()
             destination[f"{prefix}{MERGED}"] = torch.tensor(list(names), dtype=torch.uint8)
 
-    def check_loading(self, state: Iterable[str], prefix: str) -> None:
-        """Refuse a ``load_state_dict`` of the model that would leave a branch twice or not at all.
-
-        Args:
-            state: the keys.
-            prefix: of the model's own keys among them.
-
-        Raises:
-            CheckpointError: base weights with adapters merged in, there or here.
-        """
-        if f"{prefix}{BANK}.{MERGED}" in state:
-            raise CheckpointError(
-                "this state_dict is of a model whose adapters were merged into its base weights, and an "
-                "adapted model would add their branches once more; take the state_dict after "
-                "vera_fx.unmerge(model), or load merged weights without adapters "
-                "(vera_fx.unload(model, merge=True))"
-            )
-        if self.folded and self.enabled and any(key.startswith(prefix) for key in state):
-            raise CheckpointError(
-                f"{listing(self.folded)} is merged into this model's base weights, which load_state_dict "
-                "would replace; call vera_fx.unmerge(model) first"
-            )
-
     def _forget_derived(self) -> None:
         """Let the next batch that mixes adapters lay them out anew (`vera_fx.mixing.mixer`)."""
         self.__dict__.pop("mixer", None)
@@ -225,6 +181,55 @@ class AdapterBank(nn.Module):
             _take_over(self, state)
 
 
+def rest(bank: AdapterBank) -> None:
+    """Let nothing require gradients; `wake` gives back who did."""
+    for name in bank.adapters:
+        adapter = bank.adapter(name)
+        if adapter.learning or name in bank.active:
+            named = [(n, p) for n, p in adapter.named_parameters() if p.requires_grad]
+            bank.resting.append((adapter, [n for n, _ in named]))
+            for _, parameter in named:
+                parameter.requires_grad = False
+
+
+def wake(bank: AdapterBank) -> None:
+    """Let those require gradients that did; after a switch, those of the adapters active now."""
+    resting, bank.resting = bank.resting, []
+    for name in bank.adapters:
+        adapter = bank.adapter(name)
+        before = [names for other, names in resting if other is adapter]
+        if before and (adapter.learning or name in bank.active):
+            for parameter in before[0]:
+                adapter.get_parameter(parameter).requires_grad = True
+        elif adapter.learning:
+            adapter.let_train(allowed=True)
+
+
+def check_loading(bank: AdapterBank, state: Iterable[str], prefix: str) -> None:
+    """Refuse a ``load_state_dict`` of the model that would leave a branch twice or not at all.
+
+    Args:
+        bank: of the model.
+        state: the keys.
+        prefix: of the model's own keys among them.
+
+    Raises:
+        CheckpointError: base weights with adapters merged in, there or here.
+    """
+    if f"{prefix}{BANK}.{MERGED}" in state:
+        raise CheckpointError(
+            "this state_dict is of a model whose adapters were merged into its base weights, and an "
+            "adapted model would add their branches once more; take the state_dict after "
+            "vera_fx.unmerge(model), or load merged weights without adapters "
+            "(vera_fx.unload(model, merge=True))"
+        )
+    if bank.folded and bank.enabled and any(key.startswith(prefix) for key in state):
+        raise CheckpointError(
+            f"{listing(bank.folded)} is merged into this model's base weights, which load_state_dict "
+            "would replace; call vera_fx.unmerge(model) first"
+        )
+
+
 def _take_over(bank: AdapterBank, state: Mapping[str, Any]) -> None:
     """Make the parts that version 0.1, which pickled the bank, had as attributes of it."""
     if state["merged"]:
@@ -234,7 +239,7 @@ def _take_over(bank: AdapterBank, state: Mapping[str, Any]) -> None:
         )
     for name in set(state) - set(AdapterBank().__dict__):
         del bank.__dict__[name]
-    bank.folded, bank.disabled, bank._resting = {}, 0, []
+    bank.folded, bank.disabled, bank.resting = {}, 0, []
     bank.shared = ProjectionSet(bank.projections)
     bank.structure = Structure.restored(state)
     bank.slots = SlotTable(bank, stale=True)

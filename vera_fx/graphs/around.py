@@ -104,6 +104,7 @@ def _switched(prepared: Prepared) -> AdapterError:
     )
 
 
+@skip_frame
 def transformed(model: nn.Module, kwargs: dict[str, Any]) -> bool:
     """True for a call inside of a transform of ``torch.func``, where no graph can run.
 

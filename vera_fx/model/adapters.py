@@ -10,7 +10,7 @@ from torch import nn
 from vera_fx._context import changing, one_at_a_time
 from vera_fx._renamed import renamed
 from vera_fx._torch import normal_tensors
-from vera_fx.bank.bank import AdapterBank
+from vera_fx.bank.bank import AdapterBank, rest, wake
 from vera_fx.bank.blueprint import blueprint
 from vera_fx.bank.build import build_adapter, draw, install
 from vera_fx.bank.names import check_known, check_name
@@ -183,7 +183,7 @@ def _disable(model: nn.Module, bank: AdapterBank) -> None:
     with changing():
         if not bank.disabled:
             suspend(model, bank)
-            bank.rest()
+            rest(bank)
         bank.disabled += 1
         bank.bind()
 
@@ -192,7 +192,7 @@ def _enable(model: nn.Module, bank: AdapterBank) -> None:
     with changing():
         bank.disabled -= 1
         if not bank.disabled:
-            bank.wake()
+            wake(bank)
             resume(model, bank)
         bank.bind()
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from vera_fx._context import class_made_of, traced_by_others
 from vera_fx._torch import skip_frame
-from vera_fx.bank.bank import bank_of
+from vera_fx.bank.bank import bank_of, check_loading
 from vera_fx.base.modules import extended_class, is_extended, original_class
 from vera_fx.errors import AdapterError
 from vera_fx.graphs.around import finish, prepare, run, transformed
@@ -35,7 +35,7 @@ def _extended(base: type[nn.Module]) -> type[nn.Module]:
 def _checked(load: Any) -> Any:
     def _load_from_state_dict(self: Any, state_dict: Any, prefix: str, *rest: Any) -> None:
         # Here, and not in the bank: before the base's first tensor is written to.
-        bank_of(self).check_loading(state_dict, prefix)
+        check_loading(bank_of(self), state_dict, prefix)
         load(self, state_dict, prefix, *rest)
 
     return _load_from_state_dict
