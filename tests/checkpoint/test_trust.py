@@ -415,14 +415,17 @@ def test_read_only_folder(folder: Path) -> None:
         vera_fx.export_program(adapted().eval(), (torch.ones(2, 10),)),
     )
     model = vera_fx.load_adapter(MLP(), folder)
-    opened = [folder, *folder.parents[:3]]
-    modes = [path.stat().st_mode for path in opened]
-    is_root = os.geteuid() == 0
-    for path in opened:
-        path.chmod(0o555)
+    is_root = os.geteuid() == 0  # whom no mode holds back: the test becomes somebody else
+    above = [path for path in folder.parents if "pytest-" in str(path)] if is_root else []
+    modes = [(path, path.stat().st_mode) for path in (folder, *above)]
+    for path in above:
+        path.chmod(0o755)
+    folder.chmod(0o555)
     if is_root:
         os.seteuid(65_534)
     try:
+        if not os.access(vera_fx.__file__, os.R_OK, effective_ids=True):
+            pytest.skip("nobody but root can read the library here")
         for step, error in (
             (lambda: vera_fx.save_adapter(model, folder), vera_fx.CheckpointError),
             (lambda: vera_fx.save_adapter(model, folder / "new"), vera_fx.CheckpointError),
@@ -436,6 +439,6 @@ def test_read_only_folder(folder: Path) -> None:
     finally:
         if is_root:
             os.seteuid(0)
-        for path, mode in zip(opened, modes, strict=True):
+        for path, mode in modes:
             path.chmod(mode)
     assert contents(folder) == before
