@@ -30,8 +30,10 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 # Mutated adapters, programs and requests, for hours (FUZZ="--minutes 600"); what is found lies in out/fuzz.
+# Then sequences of calls of the public API, another hour.
 fuzz: $(VENV)/.test
 	$(BIN)/python -m tests.fuzz $(FUZZ)
+	VERA_FX_HYPOTHESIS=deep $(BIN)/python -m pytest tests/sequences
 
 test-all: $(VENV)/.test families
 	VERA_FX_HYPOTHESIS=deep $(BIN)/python -m pytest -n 2 --ignore tests/families
