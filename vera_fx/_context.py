@@ -120,6 +120,23 @@ def set_run(run: Run | None) -> None:
     _thread.run = run
 
 
+_last_runs: "weakref.WeakKeyDictionary[nn.Module, Callable[[], Run | None]]" = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def remember_run(part: nn.Module, again: Callable[[], Run | None]) -> None:
+    """Let ``part`` be run as it was, by a run that ``again`` gives, after the present one has ended."""
+    _last_runs[part] = again
+
+
+@skip_frame
+def remembered_run(part: nn.Module) -> Run | None:
+    """A run like the last that ``part`` took part in; None if it was in none, or its model is gone."""
+    again = _last_runs.get(part)
+    return None if again is None else again()
+
+
 def modules_inside() -> list[str]:
     """Paths of the adapted modules whose own forward runs now in this thread, outermost first."""
     if not hasattr(_thread, "inside"):

@@ -168,6 +168,12 @@ def generators_kept(device: torch.device) -> contextlib.AbstractContextManager[N
 
 
 @skip_frame
+def in_backward() -> bool:
+    """True while autograd runs a backward in this thread."""
+    return torch._C._current_graph_task_id() != -1
+
+
+@skip_frame
 def in_transform() -> bool:
     """True inside of ``torch.func.grad``, ``vmap``, ``jvp`` and the like."""
     return cast("Any", torch._C)._functorch.peek_interpreter_stack() is not None
@@ -179,9 +185,11 @@ def any_autocast() -> bool:
 
 
 def default_device() -> torch.device | None:
-    """The device that new tensors are made on, if one was set; None otherwise."""
-    is_set = torch._C._len_torch_function_stack() > 0
-    return torch.get_default_device() if is_set else None
+    """The device that new tensors are made on; None for the CPU, as where nothing was set."""
+    if torch._C._len_torch_function_stack() == 0:  # asking costs a walk over the modes
+        return None
+    found = torch.get_default_device()
+    return None if found.type == "cpu" else found
 
 
 def any_global_hook() -> bool:

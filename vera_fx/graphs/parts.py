@@ -12,8 +12,14 @@ from typing import Any
 
 from torch import nn
 
-from vera_fx._context import class_made_of, current_run, is_capturing, traced_by_others
-from vera_fx._torch import skip_frame
+from vera_fx._context import (
+    class_made_of,
+    current_run,
+    is_capturing,
+    remembered_run,
+    traced_by_others,
+)
+from vera_fx._torch import in_backward, skip_frame
 from vera_fx.bank.bank import AdapterBank, adapted_paths, bank_of
 from vera_fx.bank.hooks import Entering
 from vera_fx.base.modules import PART, base_modules, extended_class, is_extended, original_class
@@ -62,6 +68,9 @@ def _forward_for(base: type[nn.Module]) -> Callable[..., Any]:
     @skip_frame
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         run = current_run()
+        if run is None and in_backward():
+            # A checkpoint computes the part once more, and wants the tensors that its graph kept.
+            run = remembered_run(self)
         if run is None or is_capturing() or traced_by_others():
             return base.forward(self, *args, **kwargs)
         return run.call(self, base, args, kwargs)

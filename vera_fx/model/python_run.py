@@ -1,11 +1,13 @@
 """Runs the forward of a model that cannot be captured whole; its parts run their graphs."""
 
+import functools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
-from vera_fx._context import current_run, set_run
+from vera_fx._context import current_run, remember_run, set_run
 from vera_fx._torch import compiled_by, skip_frame, start_compiling, stop_compiling
 from vera_fx.bank.bank import bank_of
 from vera_fx.graphs.around import finish, prepare, run
@@ -32,6 +34,7 @@ class PythonRun:
         path = self._paths.get(id(part))
         if path is None:  # of another model
             return base.forward(part, *args, **kwargs)
+        remember_run(part, functools.partial(_again, weakref.ref(self._model)))
         with unwatched():
             prepared = prepare(self._model, args, dict(kwargs), path)
             if prepared is not None:
@@ -39,6 +42,14 @@ class PythonRun:
                     outputs = run(prepared)
                 return finish(prepared, outputs)
         return base.forward(part, *args, **kwargs)
+
+
+def _again(model: "weakref.ref[nn.Module]") -> PythonRun | None:
+    """A run after the call has ended: in a backward, where nothing is compiled anew."""
+    owner = model()
+    return (
+        None if owner is None or not hasattr(type(owner), "_vera_base") else PythonRun(owner, None)
+    )
 
 
 @skip_frame
