@@ -7,7 +7,16 @@ from vera_fx.passes.contiguous_attention import ContiguousAttention
 from vera_fx.passes.drop_idle_dropout import DropIdleDropout
 from vera_fx.passes.drop_metadata_asserts import DropMetadataAsserts
 from vera_fx.passes.engine.functions import recomputed
-from vera_fx.passes.engine.graph import META_KEY, Put, Tag, module_paths, resolve, tag_of, tensor_of
+from vera_fx.passes.engine.graph import (
+    META_KEY,
+    Put,
+    Tag,
+    module_paths,
+    resolve,
+    tag_of,
+    tensor_of,
+    written_inputs,
+)
 from vera_fx.passes.engine.protocol import (
     GraphPass,
     Numerics,
@@ -118,6 +127,7 @@ __all__ = [
     "tag_of",
     "tensor_of",
     "training",
+    "written_inputs",
 ]
 
 

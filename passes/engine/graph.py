@@ -244,6 +244,13 @@ def written_between(first: Node, last: Node) -> bool:
     return False
 
 
+def written_inputs(graph: Graph) -> tuple[int, ...]:
+    """The numbers of the inputs that operators of the graph write to, be it through views."""
+    roots = {storage_root(written) for node in graph.nodes for written in _written(node)}
+    inputs = (node for node in graph.nodes if node.op == "placeholder")
+    return tuple(index for index, node in enumerate(inputs) if node in roots)
+
+
 def _written(node: Node) -> list[Node]:
     """The arguments that the operator of ``node`` writes to."""
     schema = schema_of(node)

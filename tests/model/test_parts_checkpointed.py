@@ -53,7 +53,9 @@ def test_gradients_are_those_without_checkpoints(reentrant: bool, plan: str) -> 
     found, checkpointed = gradients(reentrant, plan)
     assert_close(found, expected)
     assert plain.keys() == checkpointed.keys()
-    assert len(plain) == 14  # d and b of six sites in blocks, and of the head; the gate decides only
+    assert (
+        len(plain) == 14
+    )  # d and b of six sites in blocks, and of the head; the gate decides only
     for name, gradient in plain.items():
         assert gradient.abs().max() > 0
         assert_close(checkpointed[name], gradient, factor=5, what=name)

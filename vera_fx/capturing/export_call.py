@@ -24,7 +24,7 @@ from vera_fx.capturing.returned_objects import Stateful
 from vera_fx.capturing.signature import Call, CallReader
 from vera_fx.capturing.trace import aliased, trace
 from vera_fx.errors import CaptureError, FixedSizesWarning, first_line
-from vera_fx.passes import PipelineReport, cleanup, resolve
+from vera_fx.passes import PipelineReport, cleanup, resolve, written_inputs
 from vera_fx.pipelines import run_pipeline
 
 
@@ -46,6 +46,7 @@ class Capture:
         variants: adapted graphs made from it, by the bank's structure and the plans.
         planners: what chooses the plans, by the bank's structure.
         opening: which sizes it was to leave open.
+        writes: numbers of the inputs that it writes to.
         used: when it was last asked for, to tell which one to give up.
     """
 
@@ -62,6 +63,7 @@ class Capture:
     variants: dict[Any, dict[Any, Any]] = field(default_factory=dict[Any, dict[Any, Any]])
     planners: dict[Any, Any] = field(default_factory=dict[Any, Any])
     opening: Opening = Opening.ALL
+    writes: tuple[int, ...] = ()
     used: int = 0
 
 
@@ -124,6 +126,7 @@ def capture_call(
         checkpointed=checkpointed,
         aliased=tuple(aliased(exported, model)),
         opening=opening,
+        writes=written_inputs(graph.graph),
     )
 
 

@@ -52,6 +52,17 @@ class Call:
         """The key with every size above 1 left open: the call's signature."""
         return tuple(_open(part) if isinstance(part, torch.Size) else part for part in self.key)
 
+    def write_back(self, written: Sequence[int]) -> None:
+        """Give the caller's tensors what a graph wrote to copies of them, which `leaves` may be."""
+        if written:
+            given: list[Tensor] = []
+            for value in self.inputs.values():
+                parts = (value,) if isinstance(value, Tensor) else tree_flatten(value)[0]
+                given += (part for part in parts if isinstance(part, Tensor))
+            for index in written:
+                if given[index].data_ptr() != self.leaves[index].data_ptr():
+                    given[index].copy_(self.leaves[index])
+
     def tensor_names(self) -> tuple[str, ...]:
         """For each leaf, the name of the argument that holds it."""
         return tuple(

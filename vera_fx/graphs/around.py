@@ -145,6 +145,7 @@ def finish(prepared: Prepared, outputs: list[Tensor]) -> Any:
     """
     if prepared.is_switched():
         raise _switched(prepared)
+    prepared.call.write_back(prepared.capture.writes)
     names = prepared.capture.stateful
     objects = {name: prepared.call.arguments[name] for name in names} if names else None
     return restore(list(outputs), prepared.capture.out_spec, objects)
