@@ -114,6 +114,9 @@ class Prices:
         self.asked.append((T, target.path, sharing))
         return {name: T * price for name, price in self.prices.items()}
 
+    def kept(self, T: int, target: Target, work: Workload, sharing: int) -> Mapping[str, float]:
+        return dict.fromkeys(PLANS, 1.0)
+
     def folds_again(self, T: int, target: Target, work: Workload, sharing: int) -> bool:
         return target.path in self.again and sharing == 1
 
