@@ -15,6 +15,7 @@ from vera_fx.passes.engine.graph import (
     resolve,
     tag_of,
     tensor_of,
+    written_attributes,
     written_inputs,
 )
 from vera_fx.passes.engine.protocol import (
@@ -127,6 +128,7 @@ __all__ = [
     "tag_of",
     "tensor_of",
     "training",
+    "written_attributes",
     "written_inputs",
 ]
 

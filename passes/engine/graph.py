@@ -251,6 +251,13 @@ def written_inputs(graph: Graph) -> tuple[int, ...]:
     return tuple(index for index, node in enumerate(inputs) if node in roots)
 
 
+def written_attributes(graph: Graph) -> set[str]:
+    """The attributes that operators write to; not by what is the same however often it is done."""
+    nodes = (n for n in graph.nodes if n.target is not torch.ops.aten.embedding_renorm_.default)
+    roots = (storage_root(written) for node in nodes for written in _written(node))
+    return {str(root.target) for root in roots if root.op == "get_attr"}
+
+
 def _written(node: Node) -> list[Node]:
     """The arguments that the operator of ``node`` writes to."""
     schema = schema_of(node)

@@ -23,8 +23,8 @@ from vera_fx.capturing.budget import Opening, OutOfTime
 from vera_fx.capturing.returned_objects import Stateful
 from vera_fx.capturing.signature import Call, CallReader
 from vera_fx.capturing.trace import aliased, trace
-from vera_fx.errors import CaptureError, FixedSizesWarning, first_line
-from vera_fx.passes import PipelineReport, cleanup, resolve, written_inputs
+from vera_fx.errors import CaptureError, FixedSizesWarning, first_line, listing
+from vera_fx.passes import PipelineReport, cleanup, resolve, written_attributes, written_inputs
 from vera_fx.pipelines import run_pipeline
 
 
@@ -113,6 +113,7 @@ def capture_call(
     exported, checkpointed, opening = _traced(model, (forward, reader), call, stateful, opening)
     graph = bind_live(exported, model)
     report = run_pipeline(graph, cleanup(), "capture")
+    _check_writes(exported, graph)
     values = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
     return Capture(
         graph=graph,
@@ -128,6 +129,16 @@ def capture_call(
         opening=opening,
         writes=written_inputs(graph.graph),
     )
+
+
+def _check_writes(exported: ExportedProgram, graph: GraphModule) -> None:
+    """Refuse a call that writes to parameters, once (RWKV does so between train and eval mode)."""
+    written = written_attributes(graph.graph) & {*exported.graph_signature.parameters}
+    if written:
+        raise CaptureError(
+            f"this call writes to {listing(sorted(written), limit=3)}, which a graph would do again with "
+            "every call"
+        )
 
 
 def _traced(

@@ -73,6 +73,8 @@ class WeightWatch(TorchFunctionMode):
             return False
         if func is F.embedding:  # of a weight that is tied to a target's
             return False
+        if getattr(func, "__name__", "").endswith("_") and self._owners.get(id(result)) == owner:
+            return False  # written to, not computed with: RWKV scales weights between modes
         # Sizes, dtypes and the like are no tensors.
         return any(isinstance(leaf, Tensor) for leaf in tree_flatten(result)[0])
 
