@@ -100,3 +100,20 @@ def test_an_adapter_loaded_for_inference_requires_none(saved: Path) -> None:
     vera_fx.set_adapter(model, "second")
 
     assert not any(p.requires_grad for p in model.vera.adapters["second"].parameters())
+
+
+def test_a_saved_module_of_the_model_is_the_bases_and_the_copy_is_the_adapters() -> None:
+    """``model.head.weight`` never means an adapter's tensor, whichever is active."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
+    before = base[1].weight.clone()
+    config = vera_fx.VeraConfig(r=2, target_modules=["0"], modules_to_save=["1"])
+    model = vera_fx.adapt(base, config)
+    copied = model.vera.adapter("default").copies.by_path["1"]
+    with torch.no_grad():
+        copied.weight.add_(1)
+    assert torch.equal(model[1].weight, before)
+    x = torch.randn(2, 5)
+    vectors = model.vera.adapter("default").vectors.by_path["0"].tensors
+    assert not vectors["vera_lambda_b"].any()  # at first a branch adds nothing
+    torch.testing.assert_close(model(x), base[0](x) @ (before + 1).T + base[1].bias)
