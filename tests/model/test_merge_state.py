@@ -245,3 +245,30 @@ def test_threads_that_disable_leave_the_adapters_on() -> None:
     assert model.vera.enabled
     assert all(p.requires_grad for p in vectors)
     assert_close(model(X), expected, factor=50)
+
+
+@pytest.mark.parametrize("keep_base", [False, True])
+@pytest.mark.parametrize("order", [["default", "other"], ["other", "default"]])
+def test_a_copy_and_an_update_of_one_module_in_any_order(order: list[str], keep_base: bool) -> None:
+    """One adapter brings a head of its own, the other targets the head."""
+    model = net()
+    before = base_of(model)
+    fields = {"target_modules": ["lin", "head"]}
+    vera_fx.add_adapter(model, "other", vera_fx.VeraConfig(r=2, **fields))
+    fill_vectors(model)
+    vera_fx.set_adapter(model, ["default", "other"])
+    expected = model(X)
+    if order[0] == "other":
+        with pytest.raises(vera_fx.AdapterError, match="its own copy of 'head'.*merge both"):
+            vera_fx.merge(model, "other", keep_base=keep_base)
+        vera_fx.merge(model, order, keep_base=keep_base)
+    for name in order if order[0] == "default" else ():
+        vera_fx.merge(model, name, keep_base=keep_base)
+        assert_close(model(X), expected, factor=10)
+    assert_close(model(X), expected, factor=10)
+    with vera_fx.disable_adapters(model):
+        assert_base(model, before)
+    assert_close(model(X), expected, factor=10)
+    vera_fx.unmerge(model)
+    assert_base(model, before)
+    assert_close(model(X), expected, factor=10)

@@ -162,7 +162,8 @@ class Machine(RuleBasedStateMachine):
         wanted = world.active if names is None else names
         todo = [name for name in wanted if name not in world.merged]
         unknown = any(name not in world.adapters for name in wanted)
-        if world.disabled or unknown or world.clash([*world.merged, *todo]):
+        after = [*world.merged, *todo]
+        if world.disabled or unknown or world.clash(after) or world.hidden(after):
             with pytest.raises(vera_fx.AdapterError):
                 vera_fx.merge(self.model, names, keep_base=keep)
             return

@@ -177,6 +177,14 @@ class World:
         """Whether two adapters have heads of their own."""
         return sum(self.adapters[name].head is not None for name in names) > 1
 
+    def hidden(self, merged: Iterable[str]) -> bool:
+        """Whether an active adapter that is not merged reads a head of its own where one is merged."""
+        names = set(merged)
+        reads = any(
+            self.adapters[name].head is not None for name in self.active if name not in names
+        )
+        return reads and any("head" in self.adapters[name].vectors for name in names)
+
     def merge(self, names: Iterable[str]) -> None:
         for name in names:
             self.adapters[name].folded = self.adapters[name].copied()

@@ -80,7 +80,7 @@ class Folded:
     """What it takes to get an adapter out of the base again: as it was when it went in.
 
     Attributes:
-        vectors: copies of its vectors by target path; empty if the weights were kept.
+        vectors: copies of its vectors by target path.
         kept: what base tensors were before, by their path: weights that are not computed back, and
             whatever the adapter has a copy of.
         exact: whether weights are kept.

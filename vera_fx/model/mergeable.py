@@ -69,6 +69,31 @@ def check_compatible(bank: AdapterBank, names: Sequence[str], what: str = "be ac
             owner[path] = name
 
 
+def check_seen(bank: AdapterBank, names: Sequence[str]) -> None:
+    """Refuse to merge into what a call would not read.
+
+    Args:
+        bank: the bank.
+        names: all that will be merged.
+
+    Raises:
+        AdapterError: an active adapter, which is not merged, has a copy of what one of them targets.
+    """
+    for name in (name for name in bank.active if name not in names):
+        copied = {
+            f"{path}.{tensor}": path for path, tensor, _ in bank.adapter(name).copied_tensors()
+        }
+        for other in names:
+            targets = bank.adapter(other).vectors.by_path
+            hidden = next((path for path in targets if f"{path}.weight" in copied), None)
+            if hidden is not None:
+                raise AdapterError(
+                    f"adapter {other!r} cannot be merged beside {name!r}, which is active with its own "
+                    f"copy of {hidden!r}: calls would read that, without the update of {other!r}; merge "
+                    "both, or make one of them inactive"
+                )
+
+
 def _is_one_frozen(bank: AdapterBank, path: str, first: str, second: str) -> bool:
     """Whether both adapters keep the same frozen values at ``path``."""
     adapters = [bank.adapter(name) for name in (first, second)]

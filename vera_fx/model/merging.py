@@ -1,7 +1,7 @@
 """Fold adapters into the base weights and take them out again."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -17,6 +17,7 @@ from vera_fx.model.mergeable import (
     changed,
     check_compatible,
     check_mergeable,
+    check_seen,
     check_ties,
     check_together,
     deltas,
@@ -54,10 +55,11 @@ def merge(
         check_mergeable(model, bank, todo, safe=safe)
         check_together(bank, todo)
         check_compatible(bank, [*bank.merged, *todo], "be merged")
+        check_seen(bank, [*bank.merged, *todo])
         for name in todo:
             # What depends on the weight cannot be subtracted again.
             exact = keep_base or not bank.adapter(name).kind.maths.adds_up
-            bank.folded[name] = _fold(model, bank, bank.adapter(name), exact=exact)
+            bank.folded[name] = _fold(model, bank, name, bank.folded, exact=exact)
         bank.bind()
 
 
@@ -85,8 +87,9 @@ def suspend(model: nn.Module, bank: AdapterBank) -> None:
 
 def resume(model: nn.Module, bank: AdapterBank) -> None:
     """Fold the adapters in again that `suspend` took out."""
-    for name, folded in list(bank.folded.items()):
-        bank.folded[name] = _fold(model, bank, bank.adapter(name), exact=folded.exact)
+    suspended, bank.folded = bank.folded, {}
+    for name, folded in suspended.items():
+        bank.folded[name] = _fold(model, bank, name, bank.folded, exact=folded.exact)
 
 
 def check_enabled(bank: AdapterBank) -> None:
@@ -112,24 +115,37 @@ def _to_merge(bank: AdapterBank, names: Sequence[str] | str | None) -> list[str]
     return todo
 
 
-def _fold(model: nn.Module, bank: AdapterBank, adapter: Adapter, *, exact: bool) -> Folded:
-    """Change the base's tensors to what they are with the adapter; all values are computed first."""
-    paths = adapter.vectors.by_path
-    folded = Folded(exact=exact)
+def _fold(
+    model: nn.Module, bank: AdapterBank, name: str, earlier: Mapping[str, Folded], *, exact: bool
+) -> Folded:
+    """Change the base's tensors to what they are with the adapter, beside those folded earlier."""
+    adapter = bank.adapter(name)
+    folded = Folded({path: _copied(adapter, path) for path in adapter.vectors.by_path}, exact=exact)
     if exact:
         folded.kept = {path: w.detach().clone() for path, w in changed(model, adapter)}
-    else:
-        folded.vectors = {path: _copied(adapter, path) for path in paths}
     for weight, delta in deltas(model, bank, adapter).values():
         weight.data.add_(delta().to(weight.device))
-    copied = set[int]()
+    replaced = set(_replace(model, adapter, folded))
+    for other, before in earlier.items():
+        # Their updates went with the tensors that this adapter has its own of.
+        for path, (weight, delta) in deltas(
+            model, bank, bank.adapter(other), before.vectors
+        ).items():
+            if f"{path}.weight" in replaced:
+                weight.data.add_(delta().to(weight.device))
+    return folded
+
+
+def _replace(model: nn.Module, adapter: Adapter, folded: Folded) -> Iterator[str]:
+    """Put the adapter's copies in the place of the base's tensors; the paths of these."""
+    seen = set[int]()
     for path, name, copy in adapter.copied_tensors():
         base = attribute_of(model.get_submodule(path), name)
-        if id(base) not in copied:  # tied, with equal frozen copies
-            copied.add(id(base))
+        if id(base) not in seen:  # tied, with equal frozen copies
+            seen.add(id(base))
             folded.kept[f"{path}.{name}"] = base.detach().clone()
             base.data.copy_(copy.data)
-    return folded
+            yield f"{path}.{name}"
 
 
 def _copied(adapter: Adapter, path: str) -> dict[str, Tensor]:
