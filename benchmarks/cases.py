@@ -146,3 +146,17 @@ def grid(*, full: bool) -> list[Case]:
             Case("roberta q,v r=256 bf16", "roberta", QV["roberta"], 256, 2, 16, 128, BF16),
         ]
     return cases
+
+
+def narrow_roberta(layers: int, **fields: Any) -> nn.Module:
+    """RoBERTa at hidden size 64 and four heads: layers that cost little but their calls."""
+    from transformers import RobertaConfig, RobertaModel
+
+    config = RobertaConfig(
+        vocab_size=100,
+        hidden_size=64,
+        num_attention_heads=4,
+        num_hidden_layers=layers,
+        **fields,
+    )
+    return RobertaModel(config, add_pooling_layer=False)

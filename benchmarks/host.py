@@ -19,7 +19,7 @@ import typer
 from rich.table import Table
 from torch import nn
 
-from benchmarks.cases import Case
+from benchmarks.cases import Case, narrow_roberta
 from benchmarks.devices import wait
 from benchmarks.processes import answer, apart
 from benchmarks.report import console, write
@@ -31,20 +31,10 @@ FORMS = {"": None, " outlined": "4"}
 
 
 def roberta(layers: int) -> nn.Module:
-    """RoBERTa's layers at hidden size 64."""
-    from transformers import RobertaConfig, RobertaModel
-
-    config = RobertaConfig(
-        vocab_size=100,
-        hidden_size=64,
-        num_attention_heads=4,
-        intermediate_size=128,
-        num_hidden_layers=layers,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
+    """RoBERTa's layers at hidden size 64, without dropout."""
+    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     torch.manual_seed(0)
-    return RobertaModel(config, add_pooling_layer=False).train()
+    return narrow_roberta(layers, intermediate_size=128, **off).train()
 
 
 def case(layers: int) -> Case:

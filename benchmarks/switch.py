@@ -16,6 +16,7 @@ from rich.table import Table
 from torch import nn
 
 import vera_fx
+from benchmarks.cases import narrow_roberta
 from benchmarks.report import console, write
 
 TARGETS = ["query", "value"]
@@ -25,16 +26,7 @@ SIZES = [(2, 2), (12, 2), (12, 50), (96, 2)]
 
 def roberta(layers: int) -> nn.Module:
     """A narrow RoBERTa: a switch does not look at how wide a layer is."""
-    from transformers import RobertaConfig, RobertaModel
-
-    config = RobertaConfig(
-        vocab_size=100,
-        hidden_size=64,
-        num_attention_heads=4,
-        intermediate_size=64,
-        num_hidden_layers=layers,
-    )
-    return RobertaModel(config, add_pooling_layer=False).eval()
+    return narrow_roberta(layers, intermediate_size=64).eval()
 
 
 def ours(base: nn.Module, adapters: int, *, trainable: bool) -> Callable[[str], None]:

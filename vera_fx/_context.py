@@ -26,7 +26,6 @@ R = TypeVar("R")
 _thread = threading.local()
 _lock = threading.RLock()
 _capture_lock = threading.RLock()
-_change_lock = threading.RLock()
 
 # --- what a thread is doing ----------------------------------------------------------------------
 
@@ -80,22 +79,6 @@ def traced_by_others() -> bool:
     capture for somebody else's export.
     """
     return torch.compiler.is_exporting() and not _captures
-
-
-def changing() -> threading.RLock:  # type: ignore[valid-type]
-    """A lock: one thread at a time changes which adapters compute, and what base weights are."""
-    return _change_lock
-
-
-def one_at_a_time(change: Callable[P, R]) -> Callable[P, R]:
-    """A function that changes an adapted model, under the lock that `changing` gives."""
-
-    @functools.wraps(change)
-    def alone(*args: P.args, **kwargs: P.kwargs) -> R:
-        with _change_lock:
-            return change(*args, **kwargs)
-
-    return alone
 
 
 class Run(Protocol):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import vera_fx
 from vera_fx import _context
+from vera_fx.graphs.kept import Kept
 from vera_fx.graphs.runtime import runtime_of
 
 PATHS = ["up", "down"]
@@ -110,6 +111,14 @@ def test_adding_and_deleting(count: int) -> None:
     assert grown(model, step, 12, count) == {}
 
 
+def limited(count: int) -> tuple[nn.Module, Kept]:
+    """A model, and what it keeps: at most half of so many graphs."""
+    model = adapted(2)
+    kept = runtime_of(model).kept
+    kept.graphs = min(count // 2, kept.graphs)
+    return model, kept
+
+
 @pytest.fixture
 def few_graphs() -> Iterator[None]:
     with warnings.catch_warnings():
@@ -120,9 +129,7 @@ def few_graphs() -> Iterator[None]:
 @pytest.mark.usefixtures("few_graphs")
 @pytest.mark.parametrize("count", times(10, 1_000))
 def test_signatures(count: int) -> None:
-    model = adapted(2)
-    kept = runtime_of(model).kept
-    kept.graphs = min(count // 2, kept.graphs)
+    model, kept = limited(count)
 
     def step(turn: int) -> None:
         assert torch.equal(model(X, scale=turn), turn * model(X))
@@ -135,9 +142,7 @@ def test_signatures(count: int) -> None:
 @pytest.mark.usefixtures("few_graphs")
 @pytest.mark.parametrize("count", times(10, 1_000))
 def test_values_of_an_attribute(count: int) -> None:
-    model = adapted(2)
-    kept = runtime_of(model).kept
-    kept.graphs = min(count // 2, kept.graphs)
+    model, kept = limited(count)
     plain = model(X)
 
     def step(turn: int) -> None:

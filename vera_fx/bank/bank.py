@@ -4,7 +4,6 @@ It hangs on the model as ``model.vera``. Graphs read the active adapters through
 `AdapterBank.bind` puts in place.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
@@ -21,7 +20,7 @@ from vera_fx.errors import CheckpointError, listing
 from vera_fx.passes import Target
 
 MERGED = "merged"
-"""Key, below the bank's, that says which adapters are merged into the weights of a state_dict."""
+"""Key, below the bank's, that says that adapters are merged into the weights of a state_dict."""
 
 _DERIVED = re.compile(r"(slot|served)\d+|mixer|rows|store")
 """What is put on a bank for graphs to read, and what others keep there: made of what it holds."""
@@ -154,8 +153,7 @@ class AdapterBank(nn.Module):
         """Say in a ``state_dict()`` of the model if base weights in it have adapters merged in."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.folded and self.enabled:
-            names = json.dumps(list(self.folded)).encode()
-            destination[f"{prefix}{MERGED}"] = torch.tensor(list(names), dtype=torch.uint8)
+            destination[f"{prefix}{MERGED}"] = torch.ones((), dtype=torch.bool)
 
     def _forget_derived(self) -> None:
         """Let the next batch that mixes adapters lay them out anew (`vera_fx.mixing.mixer`)."""

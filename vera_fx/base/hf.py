@@ -12,8 +12,13 @@ from vera_fx.base.hf_tracing import traceable
 
 def is_pretrained(model: nn.Module) -> bool:
     """True for a transformers ``PreTrainedModel``; never imports transformers."""
+    return is_pretrained_class(type(model))
+
+
+def is_pretrained_class(cls: type) -> bool:
+    """True for a class of such models."""
     modeling = sys.modules.get("transformers.modeling_utils")
-    return modeling is not None and isinstance(model, modeling.PreTrainedModel)
+    return modeling is not None and issubclass(cls, modeling.PreTrainedModel)
 
 
 def register_types(model: nn.Module) -> None:

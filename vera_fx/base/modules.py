@@ -9,6 +9,9 @@ from torch import nn
 BANK = "vera"
 """Name under which the adapter bank hangs on the model."""
 
+ADAPTED = "adapted"
+"""Purpose of the classes of adapted models."""
+
 PART = "part"
 """Purpose of the classes of modules that run graphs of their own in a model that runs in Python."""
 

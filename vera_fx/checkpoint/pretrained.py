@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from vera_fx.bank.bank import bank_of
+from vera_fx.base.hf import is_pretrained_class
 from vera_fx.base.modules import in_bank
 from vera_fx.checkpoint.saving import save_adapters
 from vera_fx.errors import CheckpointError
@@ -22,14 +23,8 @@ _CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 
 def pretrained_methods(base: type[nn.Module]) -> dict[str, Any]:
-    """``save_pretrained``, if ``base`` has it."""
-    if not callable(getattr(base, "save_pretrained", None)) or not _is_pretrained(base):
-        return {}
-    return {"save_pretrained": _save_pretrained(base)}
-
-
-def _is_pretrained(base: type[nn.Module]) -> bool:
-    return any(cls.__name__ == "PreTrainedModel" for cls in base.__mro__)
+    """``save_pretrained``, if ``base`` is a class of transformers' models."""
+    return {"save_pretrained": _save_pretrained(base)} if is_pretrained_class(base) else {}
 
 
 def _save_pretrained(base: Any) -> Any:

@@ -11,7 +11,7 @@ from vera_fx.bank.bank import AdapterBank, bank_of
 from vera_fx.bank.build import follow
 from vera_fx.bank.hooks import EagerHook
 from vera_fx.bank.slots import open_ranks
-from vera_fx.base.modules import PART, in_bank, is_extended, original_class
+from vera_fx.base.modules import ADAPTED, PART, in_bank, is_extended, original_class
 from vera_fx.capturing.export_call import Capture, capture_call
 from vera_fx.capturing.signature import Call, CallReader
 from vera_fx.capturing.state_watch import StateWatch
@@ -231,7 +231,7 @@ def require_adapted(model: nn.Module) -> AdapterBank:
             f"this {original_class(model).__name__} is a part of an adapted model, which runs in Python and "
             "calls it; give the adapted model itself, whose report names its parts"
         )
-    if not hasattr(type(model), "_vera_base"):
+    if not is_extended(model, ADAPTED):
         hint = "you passed the compiled wrapper; pass the model that was given to torch.compile"
         raise AdapterError(
             f"this {type(model).__name__} is not adapted; "

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from vera_fx._context import changing, one_at_a_time
 from vera_fx._renamed import renamed
 from vera_fx._torch import normal_tensors
 from vera_fx.bank.bank import AdapterBank, rest, wake
@@ -24,7 +23,6 @@ from vera_fx.model.merging import resume, suspend, unmerge
 
 
 @renamed(name="adapter_name")
-@one_at_a_time
 def add_adapter(
     model: nn.Module,
     adapter_name: str,
@@ -46,20 +44,21 @@ def add_adapter(
         TargetError: the targets do not fit the model.
     """
     bank = require_adapted(model)
-    check_name(adapter_name, bank.adapters)
-    config = config or _first_config(bank)
-    config = checked_config(config)
-    targets = resolve_targets(model, config)
-    plan = blueprint(model, config, targets, autocast=autocast_adapter_dtype)
-    if bank.merged and (plan.saved or plan.biases):
-        raise AdapterError(
-            f"adapter {adapter_name!r} would start from copies of {listing([*plan.saved, *plan.biases])}, and "
-            f"{listing(bank.merged)} is merged into the base; unmerge the model before adding it"
-        )
-    with normal_tensors():
-        adapter = build_adapter(model, plan, trainable=not config.inference_mode)
-        install(model, bank, adapter_name, adapter, draw(plan), plan.targets)
-    bank.bind()
+    with bank.slots.lock:
+        check_name(adapter_name, bank.adapters)
+        config = config or _first_config(bank)
+        config = checked_config(config)
+        targets = resolve_targets(model, config)
+        plan = blueprint(model, config, targets, autocast=autocast_adapter_dtype)
+        if bank.merged and (plan.saved or plan.biases):
+            raise AdapterError(
+                f"adapter {adapter_name!r} would start from copies of {listing([*plan.saved, *plan.biases])}, and "
+                f"{listing(bank.merged)} is merged into the base; unmerge the model before adding it"
+            )
+        with normal_tensors():
+            adapter = build_adapter(model, plan, trainable=not config.inference_mode)
+            install(model, bank, adapter_name, adapter, draw(plan), plan.targets)
+        bank.bind()
 
 
 def _first_config(bank: AdapterBank) -> AdapterConfig:
@@ -71,7 +70,6 @@ def _first_config(bank: AdapterBank) -> AdapterConfig:
 
 
 @renamed(name="adapter_name")
-@one_at_a_time
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     """Delete an adapter. If it was active, the others that are active stay so.
 
@@ -82,23 +80,23 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         AdapterError: there is no such adapter, or it is merged.
     """
     bank = require_adapted(model)
-    check_known(adapter_name, bank.adapters)
-    if adapter_name in bank.merged:
-        raise AdapterError(
-            f"adapter {adapter_name!r} is merged into the base; unmerge the model before deleting it"
-        )
-    was_active = bank.active
-    bank.remove(adapter_name)
-    if was_active == (adapter_name,) and bank.adapters:
-        warnings.warn(
-            f"Adapter {adapter_name!r} was active which is now deleted. No adapter is active now, so the model "
-            f"computes its plain base; choose one of {listing(bank.adapters)} with set_adapter.",
-            stacklevel=4,
-        )
+    with bank.slots.lock:
+        check_known(adapter_name, bank.adapters)
+        if adapter_name in bank.merged:
+            raise AdapterError(
+                f"adapter {adapter_name!r} is merged into the base; unmerge the model before deleting it"
+            )
+        was_active = bank.active
+        bank.remove(adapter_name)
+        if was_active == (adapter_name,) and bank.adapters:
+            warnings.warn(
+                f"Adapter {adapter_name!r} was active which is now deleted. No adapter is active now, so the model "
+                f"computes its plain base; choose one of {listing(bank.adapters)} with set_adapter.",
+                stacklevel=3,
+            )
 
 
 @renamed(names="adapter_names")
-@one_at_a_time
 def set_adapter(model: nn.Module, adapter_names: str | Sequence[str]) -> None:
     """Make one adapter active, or several whose branches add up.
 
@@ -111,20 +109,20 @@ def set_adapter(model: nn.Module, adapter_names: str | Sequence[str]) -> None:
     wanted = (
         (adapter_names,) if isinstance(adapter_names, str) else tuple(dict.fromkeys(adapter_names))
     )
-    for name in wanted:
-        check_known(name, bank.adapters)
-    check_compatible(bank, wanted)
-    if bank.merged:
-        warnings.warn(
-            "Adapter cannot be set when the model is merged. Unmerging the model first.",
-            stacklevel=4,
-        )
-        unmerge(model)
-    bank.activate(wanted)
+    with bank.slots.lock:
+        for name in wanted:
+            check_known(name, bank.adapters)
+        check_compatible(bank, wanted)
+        if bank.merged:
+            warnings.warn(
+                "Adapter cannot be set when the model is merged. Unmerging the model first.",
+                stacklevel=3,
+            )
+            unmerge(model)
+        bank.activate(wanted)
 
 
 @renamed(names="adapter_names")
-@one_at_a_time
 def set_trainable(
     model: nn.Module, adapter_names: str | Sequence[str], *, trainable: bool = True
 ) -> None:
@@ -143,13 +141,14 @@ def set_trainable(
     """
     bank = require_adapted(model)
     chosen = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
-    for name in chosen:
-        check_known(name, bank.adapters)
-    for name in chosen:
-        adapter = bank.adapter(name)
-        adapter.let_train(allowed=False)
-        adapter.trainable = trainable
-    bank.activate(bank.active)
+    with bank.slots.lock:
+        for name in chosen:
+            check_known(name, bank.adapters)
+        for name in chosen:
+            adapter = bank.adapter(name)
+            adapter.let_train(allowed=False)
+            adapter.trainable = trainable
+        bank.activate(bank.active)
 
 
 def active_adapters(model: nn.Module) -> list[str]:
@@ -180,7 +179,7 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
 
 
 def _disable(model: nn.Module, bank: AdapterBank) -> None:
-    with changing():
+    with bank.slots.lock:
         if not bank.disabled:
             suspend(model, bank)
             rest(bank)
@@ -189,7 +188,7 @@ def _disable(model: nn.Module, bank: AdapterBank) -> None:
 
 
 def _enable(model: nn.Module, bank: AdapterBank) -> None:
-    with changing():
+    with bank.slots.lock:
         bank.disabled -= 1
         if not bank.disabled:
             wake(bank)

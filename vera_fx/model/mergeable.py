@@ -15,6 +15,9 @@ from vera_fx.errors import AdapterError, listing
 from vera_fx.graphs.runtime import require_adapted
 from vera_fx.products.kinds import weight_of
 
+Change = tuple[Tensor, Callable[[], Tensor]]
+"""A weight, and what is to be added to it."""
+
 
 def check_mergeable(
     model: nn.Module, bank: AdapterBank, names: Sequence[str], *, safe: bool
@@ -191,7 +194,7 @@ def deltas(
     bank: AdapterBank,
     adapter: Adapter,
     vectors: Mapping[str, Mapping[str, Tensor]] | None = None,
-) -> dict[str, tuple[Tensor, Callable[[], Tensor]]]:
+) -> dict[str, Change]:
     """For each target its weight and what the adapter adds to it, both ``(out, in)``.
 
     Args:
@@ -201,7 +204,7 @@ def deltas(
         vectors: its vectors by path, where not those that it has now.
     """
     shared = bank.projections_of(adapter).tensors
-    found: dict[str, tuple[Tensor, Callable[[], Tensor]]] = {}
+    found: dict[str, Change] = {}
     for path in adapter.vectors.by_path:
         module, weight = adapter.vectors_at(path), weight_of(model, path)
         if module is not None:

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from vera_fx._context import changing
 from vera_fx._renamed import renamed
 from vera_fx.bank.adapter import Adapter, Folded
 from vera_fx.bank.bank import AdapterBank
@@ -14,6 +13,7 @@ from vera_fx.bank.names import check_known
 from vera_fx.errors import AdapterError
 from vera_fx.graphs.runtime import require_adapted
 from vera_fx.model.mergeable import (
+    Change,
     changed,
     check_compatible,
     check_mergeable,
@@ -48,7 +48,7 @@ def merge(
         AdapterError: an unknown name, a weight that cannot be merged, or values that are not finite.
     """
     bank = require_adapted(model)
-    with changing():
+    with bank.slots.lock:
         check_enabled(bank)
         todo = _to_merge(bank, adapter_names)
         check_ties(bank, todo)
@@ -59,7 +59,7 @@ def merge(
         for name in todo:
             # What depends on the weight cannot be subtracted again.
             exact = keep_base or not bank.adapter(name).kind.maths.adds_up
-            bank.folded[name] = _fold(model, bank, name, bank.folded, exact=exact)
+            bank.folded[name] = _fold(model, bank, name, exact=exact)
         bank.bind()
 
 
@@ -72,7 +72,7 @@ def unmerge(model: nn.Module) -> None:
         AdapterError: the model is not adapted.
     """
     bank = require_adapted(model)
-    with changing():
+    with bank.slots.lock:
         if bank.enabled:  # otherwise they are out already
             suspend(model, bank)
         bank.folded.clear()
@@ -89,7 +89,7 @@ def resume(model: nn.Module, bank: AdapterBank) -> None:
     """Fold the adapters in again that `suspend` took out."""
     suspended, bank.folded = bank.folded, {}
     for name, folded in suspended.items():
-        bank.folded[name] = _fold(model, bank, name, bank.folded, exact=folded.exact)
+        bank.folded[name] = _fold(model, bank, name, exact=folded.exact)
 
 
 def check_enabled(bank: AdapterBank) -> None:
@@ -115,25 +115,24 @@ def _to_merge(bank: AdapterBank, names: Sequence[str] | str | None) -> list[str]
     return todo
 
 
-def _fold(
-    model: nn.Module, bank: AdapterBank, name: str, earlier: Mapping[str, Folded], *, exact: bool
-) -> Folded:
-    """Change the base's tensors to what they are with the adapter, beside those folded earlier."""
+def _fold(model: nn.Module, bank: AdapterBank, name: str, *, exact: bool) -> Folded:
+    """Change the base's tensors to what they are with the adapter, beside those that are folded."""
     adapter = bank.adapter(name)
     folded = Folded({path: _copied(adapter, path) for path in adapter.vectors.by_path}, exact=exact)
     if exact:
         folded.kept = {path: w.detach().clone() for path, w in changed(model, adapter)}
-    for weight, delta in deltas(model, bank, adapter).values():
-        weight.data.add_(delta().to(weight.device))
+    _add(deltas(model, bank, adapter))
     replaced = set(_replace(model, adapter, folded))
-    for other, before in earlier.items():
+    for other, before in bank.folded.items():
         # Their updates went with the tensors that this adapter has its own of.
-        for path, (weight, delta) in deltas(
-            model, bank, bank.adapter(other), before.vectors
-        ).items():
-            if f"{path}.weight" in replaced:
-                weight.data.add_(delta().to(weight.device))
+        found = deltas(model, bank, bank.adapter(other), before.vectors)
+        _add({path: found[path] for path in found if f"{path}.weight" in replaced})
     return folded
+
+
+def _add(changes: Mapping[str, Change], *, sign: int = 1) -> None:
+    for weight, delta in changes.values():
+        weight.data.add_(delta().to(weight.device), alpha=sign)
 
 
 def _replace(model: nn.Module, adapter: Adapter, folded: Folded) -> Iterator[str]:
@@ -160,8 +159,7 @@ def _unfold(model: nn.Module, bank: AdapterBank, adapter: Adapter, folded: Folde
         for path, weight in changed(model, adapter):
             weight.data.copy_(folded.kept[path])
     else:
-        for weight, delta in deltas(model, bank, adapter, folded.vectors).values():
-            weight.data.sub_(delta().to(weight.device))
+        _add(deltas(model, bank, adapter, folded.vectors), sign=-1)
     for path, name, _ in adapter.copied_tensors():
         held = folded.kept.get(f"{path}.{name}")
         if held is not None:

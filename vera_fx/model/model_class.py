@@ -8,19 +8,17 @@ from torch import nn
 from vera_fx._context import class_made_of, traced_by_others
 from vera_fx._torch import skip_frame
 from vera_fx.bank.bank import bank_of, check_loading
-from vera_fx.base.modules import extended_class, is_extended, original_class
+from vera_fx.base.modules import ADAPTED, extended_class, is_extended, original_class
 from vera_fx.errors import AdapterError
 from vera_fx.graphs.around import finish, prepare, run, transformed
 from vera_fx.model.containers import container_methods
 from vera_fx.model.methods import methods_for
 from vera_fx.model.python_run import run_in_python
 
-_PURPOSE = "adapted"
-
 
 def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
     """The class of an adapted ``base``: a subclass with the same name and call signature."""
-    return class_made_of(base, _PURPOSE, _extended)
+    return class_made_of(base, ADAPTED, _extended)
 
 
 def _extended(base: type[nn.Module]) -> type[nn.Module]:
@@ -29,7 +27,7 @@ def _extended(base: type[nn.Module]) -> type[nn.Module]:
     methods |= methods_for(base) | container_methods(base)
     load = methods.get("_load_from_state_dict", base._load_from_state_dict)
     methods["_load_from_state_dict"] = _checked(load)
-    return extended_class(base, _PURPOSE, methods)
+    return extended_class(base, ADAPTED, methods)
 
 
 def _checked(load: Any) -> Any:
@@ -107,4 +105,4 @@ def restore_class(model: nn.Module) -> None:
 
 def is_adapted(model: nn.Module) -> bool:
     """True if ``model`` has been adapted and not unloaded."""
-    return is_extended(model, _PURPOSE)
+    return is_extended(model, ADAPTED)

@@ -10,6 +10,7 @@ from torch import nn
 from vera_fx._context import current_run, remember_run, set_run
 from vera_fx._torch import compiled_by, skip_frame, start_compiling, stop_compiling
 from vera_fx.bank.bank import bank_of
+from vera_fx.base.modules import ADAPTED, is_extended
 from vera_fx.graphs.around import finish, prepare, run
 from vera_fx.graphs.runtime import runtime_of
 from vera_fx.model.weight_watch import WeightWatch, unwatched
@@ -47,9 +48,9 @@ class PythonRun:
 def _again(model: "weakref.ref[nn.Module]") -> PythonRun | None:
     """A run after the call has ended: in a backward, where nothing is compiled anew."""
     owner = model()
-    return (
-        None if owner is None or not hasattr(type(owner), "_vera_base") else PythonRun(owner, None)
-    )
+    if owner is None or not is_extended(owner, ADAPTED):
+        return None
+    return PythonRun(owner, None)
 
 
 @skip_frame
