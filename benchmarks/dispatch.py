@@ -13,6 +13,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import vera_fx
+from benchmarks.cases import narrow_roberta
 from vera_fx.graphs.around import finish, prepare
 
 
@@ -60,6 +61,21 @@ def microseconds(situation: str, layers: int, leaves: int, rounds: int = 2000) -
     return statistics.median(samples)
 
 
+def to_the_graph(layers: int, rounds: int = 2000) -> float:
+    """Median of what a call of RoBERTa's layers costs until its graph is known."""
+    model = narrow_roberta(layers, intermediate_size=64).eval()
+    vera_fx.adapt(model, vera_fx.VeraConfig(r=4, target_modules=["query", "value"]))
+    ids = torch.randint(3, 90, (2, 6))
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    samples = []
+    prepare(model, (), given)
+    for _ in range(rounds):
+        start = time.perf_counter()
+        prepare(model, (), dict(given))
+        samples.append(1e6 * (time.perf_counter() - start))
+    return statistics.median(samples)
+
+
 def main() -> None:
     """Print the cost by number of layers and of tensor arguments."""
     table = Table("layers", "tensor arguments", *SITUATIONS, title="microseconds of a known call")
@@ -68,6 +84,7 @@ def main() -> None:
             found = (f"{microseconds(name, layers, leaves):.0f}" for name in SITUATIONS)
             table.add_row(str(layers), str(leaves), *found)
     Console().print(table)
+    Console().print(f"12 layers of RoBERTa, until the graph is known: {to_the_graph(12):.0f}")
 
 
 if __name__ == "__main__":

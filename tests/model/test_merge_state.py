@@ -206,6 +206,21 @@ def test_copies_of_one_module_are_not_merged_together() -> None:
         vera_fx.merge(model, "other")
 
 
+def test_explain_says_what_is_merged_and_what_is_off() -> None:
+    model = net()
+    vera_fx.add_adapter(model, "other", vera_fx.VeraConfig(r=2, target_modules=["lin"]))
+    assert vera_fx.explain(model).state() == "default, other (active: default)"
+    vera_fx.merge(model)
+    assert vera_fx.explain(model).state() == "default, other (active: none; merged: default)"
+    with vera_fx.disable_adapters(model):
+        found = vera_fx.explain(model)
+        assert found.state() == "default, other (active: none; disabled)"
+        assert found.state() in str(found)
+        assert found.state() in found.html()
+    vera_fx.unmerge(model)
+    assert vera_fx.explain(model).state() == "default, other (active: default)"
+
+
 def test_nothing_requires_gradients_inside_disable() -> None:
     model = net()
     frozen = model.vera.adapter("default").vectors.by_path["lin"].vera_lambda_d

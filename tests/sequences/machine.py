@@ -370,6 +370,10 @@ class Machine(RuleBasedStateMachine):
         assert sorted(vera_fx.adapter_names(self.model)) == sorted(world.adapters)
         assert vera_fx.active_adapters(self.model) == ([] if world.disabled else world.active)
         assert list(self.model.vera.merged) == world.merged
+        found = vera_fx.explain(self.model)
+        assert list(found.active) == world.computing()
+        assert list(found.merged) == ([] if world.disabled else world.merged)
+        assert found.disabled == bool(world.disabled)
         training = {n for n, p in self.model.named_parameters() if p.requires_grad}
         assert {n.split(".")[2] for n in training} == set(world.trained())
         assert len(training) == sum(map(len, world.trained().values()))

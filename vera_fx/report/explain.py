@@ -112,9 +112,20 @@ class Explanation:
     """Paths of modules that run in Python because they cannot be captured whole, and why."""
     kept: KeptRow | None = None
     """How much is kept of the calls, and how much may be."""
+    merged: tuple[str, ...] = ()
+    """Names of the adapters in the base's weights; none inside ``disable_adapters``, as none is active."""
+    disabled: bool = False
+    """Whether a ``disable_adapters`` block is open."""
 
     def __str__(self) -> str:
         return "\n".join(self._lines())
+
+    def state(self) -> str:
+        """All adapters, and which of them have an effect and how, in one line."""
+        merged = f"; merged: {', '.join(self.merged)}" if self.merged else ""
+        disabled = "; disabled" if self.disabled else ""
+        active = ", ".join(self.active) or "none"
+        return f"{', '.join(self.adapters) or 'none'} (active: {active}{merged}{disabled})"
 
     def html(self) -> str:
         """A self-contained page: every graph before and after, passes, plans and reasons."""
@@ -129,7 +140,7 @@ class Explanation:
         return svg_of(self, self.graphs[graph])
 
     def _lines(self) -> Iterator[str]:
-        yield f"adapters: {', '.join(self.adapters) or 'none'} (active: {', '.join(self.active) or 'none'})"
+        yield f"adapters: {self.state()}"
         yield f"projections: {'; '.join(self.projections) or 'none'}"
         yield f"targets: {len(self.targets)}"
         yield from _table(
@@ -192,6 +203,8 @@ def explain(model: nn.Module) -> Explanation:
         ),
         python=tuple(runtime_of(model).parts.reasons.items()),
         kept=_kept(runtime_of(model)),
+        merged=bank.merged if bank.enabled else (),
+        disabled=not bank.enabled,
     )
 
 

@@ -36,11 +36,10 @@ def html_of(explanation: Explanation) -> str:
 def _facts(explanation: Explanation) -> Iterator[str]:
     count = sum(target.parameters for target in explanation.targets)
     frozen = sum(target.in_features * target.out_features for target in explanation.targets)
-    active = ", ".join(explanation.active) or "none"
     yield from _table(
         (),
         [
-            ("adapters", f"{', '.join(explanation.adapters) or 'none'} (active: {active})"),
+            ("adapters", explanation.state()),
             ("targets", f"{len(explanation.targets)}, with {frozen:,} frozen weights"),
             ("vectors", f"{count:,} numbers in all adapters"),
             *(("projections", sizes) for sizes in explanation.projections),
