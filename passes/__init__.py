@@ -6,7 +6,7 @@ from vera_fx.passes.checkpoint_layers import CheckpointLayers
 from vera_fx.passes.contiguous_attention import ContiguousAttention
 from vera_fx.passes.drop_idle_dropout import DropIdleDropout
 from vera_fx.passes.drop_metadata_asserts import DropMetadataAsserts
-from vera_fx.passes.engine.functions import recomputed
+from vera_fx.passes.engine.functions import call_module, recomputed
 from vera_fx.passes.engine.graph import (
     META_KEY,
     Put,
@@ -43,6 +43,7 @@ from vera_fx.passes.redirect_parameters import Redirect, RedirectParameters
 from vera_fx.passes.row_vectors import RowSource, RowVectors
 from vera_fx.passes.scale_branch import ScaleBranch
 from vera_fx.passes.share_projection import ShareProjection
+from vera_fx.passes.sites.called_module import CalledModule, called_modules
 from vera_fx.passes.sites.find import Site, SiteSearch, find_sites
 from vera_fx.passes.sites.inserted import InsertedBranch, input_of, past_cast
 from vera_fx.passes.sites.kinds import Branch, BranchGraph
@@ -66,6 +67,7 @@ __all__ = [
     "BaseProduct",
     "Branch",
     "BranchGraph",
+    "CalledModule",
     "CheckpointLayers",
     "Choice",
     "ContiguousAttention",
@@ -112,6 +114,8 @@ __all__ = [
     "ZeroMaskedRows",
     "adaptation",
     "allowed",
+    "call_module",
+    "called_modules",
     "choose_plans",
     "cleanup",
     "concrete",

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch.fx import GraphModule
 
-from vera_fx.passes.engine.graph import Put, replace_uses
+from vera_fx.passes.engine.graph import Put, replace_uses, tag_of
 from vera_fx.passes.engine.protocol import Numerics
 from vera_fx.passes.engine.reports import Action, PassReport, Reason, Rewrite, Skip
 from vera_fx.passes.sites.inserted import InsertedBranch, erase_unused, inserted_branches
@@ -85,6 +85,8 @@ class MergeWeight:
 
 def cannot_merge(branch: InsertedBranch) -> Reason | None:
     """Why a branch cannot be merged into its weight; None if it can."""
+    if linear_call(branch.total) is None and tag_of(branch.total) is None:
+        return Reason.CALLED
     if branch.has_dropout:
         return Reason.DROPS_INPUT
     if not branch.is_alone:

@@ -252,21 +252,35 @@ def cached(limit: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
     return decorate
 
 
-_measured: dict[str, Any] = {}
+_registered: dict[str, dict[Any, Any]] = {}
 
 
-def measured_device(name: str) -> Any:
-    """What was measured of the devices of that name in this process; None if nothing was."""
-    return _measured.get(name)
+class Registration:
+    """Something registered for the process, until `remove` or the end of a ``with``."""
+
+    def __init__(self, kind: str, key: Any, value: Any) -> None:
+        known = _registered.setdefault(kind, {})
+        self._place, self._before = (known, key), known.get(key)
+        known[key] = value
+
+    def remove(self) -> None:
+        """Take it back; what was registered before it holds again."""
+        known, key = self._place
+        known.pop(key, None)
+        if self._before is not None:
+            known[key] = self._before
+
+    def __enter__(self) -> "Registration":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
 
 
-def remember_device(name: str, costs: Any) -> None:
-    """Keep what was measured of a device; None forgets it."""
-    with _lock:
-        if costs is None:
-            _measured.pop(name, None)
-        else:
-            _measured[name] = costs
+@skip_frame
+def registered(kind: str) -> Mapping[Any, Any]:
+    """What is registered of that kind now."""
+    return _registered.get(kind, {})
 
 
 next_number = itertools.count().__next__
@@ -279,5 +293,6 @@ def residents() -> dict[str, int]:
         "captures": len(_captures),
         "patches": len(_patches),
         "open dimensions": len(_open),
+        "registrations": sum(len(d) for k, d in _registered.items() if k != "measured devices"),
         "classes": sum(r() is not None for d in _classes.values() for r in cast("Any", d).values()),
     }

@@ -16,6 +16,7 @@ from torch.export.pt2_archive._package import load_pt2
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -31,6 +32,11 @@ SUPPORTED_NODES = pytree.SUPPORTED_NODES
 
 SIZE_QUESTIONS = ((ShapeEnv, "evaluate_expr"), (ShapeEnv, "simplify"))
 """Methods by which a trace asks about open sizes; slow traces spend their time below them."""
+
+
+is_wrapper = is_traceable_wrapper_subclass
+outside_modes = _disable_current_modes
+"""Inside the block operators run on real tensors, also while torch.export traces around it."""
 
 
 def outside_dynamo(fn: Callable[P, R]) -> Callable[P, R]:

@@ -32,6 +32,7 @@ class Reason(enum.Enum):
     """Why something was left alone, or why a plan was chosen."""
 
     # of passes
+    CALLED = "the base's weight is read by its own module alone"
     DROPS_INPUT = "the branch drops elements of its input, the base does not"
     HOST_BOUND = "a step of one such layer takes about {other}, too little for a call of its own"
     MASK_ADDITIVE = "its mask is additive"

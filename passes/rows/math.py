@@ -70,11 +70,22 @@ def per_sample(node: Node, facts: RowFacts) -> Fact:
 
 def linear(node: Node, facts: RowFacts) -> Fact:
     """``x @ W.T + b``; the weight is the same for every row."""
-    rows = facts.of(node.args[0])
     others = facts.all_of(*node.args[1:])
-    if not isinstance(rows, Rows) or any(fact is not None for _, fact in others):
+    if not isinstance(facts.of(node.args[0]), Rows) or any(fact is not None for _, fact in others):
         return lost(node, "takes a weight that depends on the rows")
-    is_last = rows.dim == len(shape_of(cast("Node", node.args[0]))) - 1
+    return _product_of(node, node.args[0], facts)
+
+
+def called(node: Node, facts: RowFacts) -> Fact:
+    """A linear module that the graph calls: ``(module, x)``."""
+    return _product_of(node, node.args[1], facts)
+
+
+def _product_of(node: Node, x: Any, facts: RowFacts) -> Fact:
+    rows = facts.of(x)
+    if not isinstance(rows, Rows):
+        return lost(node, "takes no rows")
+    is_last = rows.dim == len(shape_of(cast("Node", x))) - 1
     return lost(node, "works across the rows") if is_last else rows.under(rows.dim)
 
 

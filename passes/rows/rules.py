@@ -9,6 +9,7 @@ from operator import getitem
 
 from torch.fx import Node
 
+from vera_fx.passes.engine.functions import call_module
 from vera_fx.passes.rows import math as row_math
 from vera_fx.passes.rows import moves as row_moves
 from vera_fx.passes.rows.support import REDUCING, is_pointwise, lost, op_name
@@ -28,6 +29,8 @@ def fact_of(node: Node, facts: RowFacts) -> Fact:
         return row_moves.arange(node, facts)
     if not any(inputs):
         return None
+    if node.target is call_module:
+        return row_math.called(node, facts)
     rule = _RULES.get(name) or (row_math.pointwise if is_pointwise(node) else None)
     if node.target is getitem:
         return facts.of(node.args[0])

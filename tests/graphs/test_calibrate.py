@@ -5,7 +5,7 @@ import torch
 
 import vera_fx
 from tests.models import MLP
-from vera_fx._context import measured_device, remember_device
+from vera_fx._context import _registered, registered
 from vera_fx.graphs import calibrate as module
 from vera_fx.graphs.machine import costs_of, known_as
 from vera_fx.passes import DEVICES
@@ -56,8 +56,8 @@ def test_what_was_measured_decides(monkeypatch: pytest.MonkeyPatch) -> None:
             assert 1e8 < value < 1e14
         assert 1e-8 < found.launch < 1e-2
     finally:
-        remember_device("cpu", None)
-    assert measured_device("cpu") is None
+        _registered["measured devices"].clear()
+    assert not registered("measured devices")
     assert costs_of(CPU) == before
 
 

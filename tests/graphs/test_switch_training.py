@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import vera_fx
 from tests.helpers import assert_close, fill_adapters
 from tests.models import llama, text_inputs
+from vera_fx import _context
 
 LAYERS = 5
 
@@ -75,4 +76,20 @@ def test_one_training_step_compiles_for_all(
         # An adapter that came later has parameters of its own, of the same sizes.
         vera_fx.add_adapter(model, "late", model.vera.adapter("a").config)
         train(model, compiled, "late", zero=True)
+    assert not fresh_dynamo["graph_break"]
+
+
+def test_the_first_switch_to_another_rank_compiles_nothing(fresh_dynamo: Any) -> None:
+    """Ranks are left open when an adapter of another rank comes, not when it is first switched to."""
+    model = adapted("llama", "a", plan="auto")
+    assert not _context._openers.get(model.vera)
+    vera_fx.add_adapter(model, "small", model.vera.adapter("a").config.replace(r=2))
+    # Other models of this process may have opened them for all; this one has to by itself.
+    assert any("slot" in source for source in _context._openers[model.vera])
+    fill_adapters(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    inputs = {n: v for n, v in text_inputs().items() if n != "labels"}
+    loss_of(compiled(**inputs)).backward()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        train(model, compiled, "small", zero=True)
     assert not fresh_dynamo["graph_break"]

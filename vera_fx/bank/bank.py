@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vera_fx.bank.adapter import Adapter, Folded
 from vera_fx.bank.projections import Projections, ProjectionSet
 from vera_fx.bank.slot_table import SlotTable, alone
+from vera_fx.bank.slots import open_ranks
 from vera_fx.bank.structure import Bases, Structure
 from vera_fx.base.modules import BANK, set_child
 from vera_fx.errors import CheckpointError, listing
@@ -95,6 +96,10 @@ class AdapterBank(nn.Module):
         persistent = adapter.config.saves_shared
         new = Projections(adapter.kind, adapter.config.r, projections, persistent=persistent)
         adapter.projections = self.shared.share(new, persistent=persistent)
+        if (
+            len(self.shared.ranks()) > 1
+        ):  # before anything is compiled that a switch would compile anew
+            open_ranks(self, "slot")
         set_child(self.adapters, name, adapter)
         self.structure.exact |= adapter.config.plan == "factored"
         if self.structure.grow(targets, bases):

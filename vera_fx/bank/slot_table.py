@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vera_fx.bank.adapter import Adapter, everywhere
-from vera_fx.bank.slots import Binding, Slot, SlotNames, Work, open_ranks
+from vera_fx.bank.slots import Binding, Slot, SlotNames, Work
 
 if TYPE_CHECKING:
     from vera_fx.bank.bank import AdapterBank
@@ -122,8 +122,6 @@ class SlotTable:
             return Binding()
         bank = self._bank
         adapters = [bank.adapter(name) for name in names]
-        if len(bank.shared.ranks()) > 1:
-            open_ranks(bank, "slot")
         slots = tuple(Slot(self._values(adapter)) for adapter in adapters)
         # Whoever brings a copy: all are read off the first slot, so that one graph serves all.
         slots[0].tensors().update(self._copies(adapters))

@@ -251,11 +251,13 @@ def _as_target(
     if reason is not None:
         raise TargetError(f"target {path!r} {reason}")
     in_features, out_features = kind.features(module)
+    product = kind.product(module)
+    weight = getattr(module, "weight", None) if product.layout else None
     return Target(
         path,
         in_features=in_features,
         out_features=out_features,
-        product=kind.product(module),
-        weights=tuple(tensors.get(id(getattr(module, "weight", None)), ())),
+        product=product,
+        weights=tuple(tensors.get(id(weight), ())),
         aliases=tuple(alias for alias in modules[id(module)] if alias != path),
     )

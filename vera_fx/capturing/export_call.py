@@ -22,6 +22,7 @@ from vera_fx.base.modules import BANK
 from vera_fx.capturing.budget import Opening, OutOfTime
 from vera_fx.capturing.returned_objects import Stateful
 from vera_fx.capturing.signature import Call, CallReader
+from vera_fx.capturing.stand_ins import call_live
 from vera_fx.capturing.trace import aliased, trace
 from vera_fx.errors import CaptureError, FixedSizesWarning, first_line, listing
 from vera_fx.passes import PipelineReport, cleanup, resolve, written_attributes, written_inputs
@@ -180,6 +181,7 @@ def bind_live(exported: ExportedProgram, model: nn.Module) -> GraphModule:
             value = resolve(source, node.target)
             node.target = f"_constant_{node.target.replace('.', '_')}"
             bound.__dict__[node.target] = value
+    call_live(graph)
     bound.graph = graph
     return bound
 

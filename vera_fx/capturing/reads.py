@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from vera_fx.base.modules import original_class
 from vera_fx.capturing.facts import CONSTANTS, fact
+from vera_fx.products.opaque import is_opaque
 
 _LIBRARIES = frozenset(
     {"torch", "torchvision", "vera_fx", "numpy", "scipy", "pandas", "PIL", "safetensors", "tokenizers",
@@ -104,10 +105,11 @@ class _Walk:
         self._todo: list[Callable[[], None]] = []
 
     def done(self) -> Reads:
-        for module in self._found.modules:
+        # The state of a called module is its own business.
+        read = [module for module in self._found.modules if not is_opaque(module)]
+        for module in read:
             self._module(module)
-        held = [list(module._parameters.values()) for module in self._found.modules]
-        held += [list(module._buffers.values()) for module in self._found.modules]
+        held = [[*m._parameters.values()] for m in read] + [[*m._buffers.values()] for m in read]
         own = [[tensor for tensor in tensors if tensor is not None] for tensors in held]
         self._found.tensors = _distinct(tensor for tensors in own for tensor in tensors)
         # A module that is cast or moved takes all of its tensors along.

@@ -14,6 +14,8 @@ from typing import Any
 from torch import nn
 
 from vera_fx.base.modules import BANK, in_bank, original_class
+from vera_fx.capturing.stand_ins import stand_in
+from vera_fx.products.opaque import is_opaque
 
 _HOOKS = tuple(name for name in nn.Module().__dict__ if "hooks" in name)
 _WRAPPERS = ("forward", "_compiled_call_impl")
@@ -34,8 +36,11 @@ def shell_of(model: nn.Module, run: Any, names: Sequence[str], *, live: bool = F
         names: of the arguments.
         live: take the model's own modules below the shell, for code that holds on to them.
     """
-    modules = [model] if live else [m for path, m in model.named_modules() if not in_bank(path)]
-    shell = _twins(modules)[id(model)]
+    modules = {path: m for path, m in model.named_modules() if not in_bank(path)}
+    opaque = {} if live else {path: m for path, m in modules.items() if path and is_opaque(m)}
+    twins = {id(module): stand_in(module, path) for path, module in opaque.items()}
+    plain = [model] if live else [m for m in modules.values() if id(m) not in twins]
+    shell = _twins(plain, twins)[id(model)]
     base = original_class(model)
     shell.__class__ = type(base.__name__, (base,), {"forward": _forward(run, names)})
     for name in _WRAPPERS:
@@ -53,9 +58,15 @@ def _forward(run: Any, names: Sequence[str]) -> Any:
     return forward
 
 
-def _twins(modules: Sequence[nn.Module]) -> dict[int, nn.Module]:
-    """For each module, by identity, one of the same class over the same tensors; the first is the model."""
-    twins = {id(module): object.__new__(original_class(module)) for module in modules}
+def _twins(modules: Sequence[nn.Module], known: Twins) -> dict[int, nn.Module]:
+    """For each module, by identity, one of the same class over the same tensors; the first is the model.
+
+    Args:
+        modules: the modules.
+        known: twins that others of the model's modules have already.
+    """
+    new = {id(module): object.__new__(original_class(module)) for module in modules}
+    twins = {**known, **new}
     for module in modules:
         state = twins[id(module)].__dict__
         for name, value in module.__dict__.items():

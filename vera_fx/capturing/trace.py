@@ -17,6 +17,8 @@ from vera_fx.capturing.open_integers import sizes_as_integers
 from vera_fx.capturing.returned_objects import Stateful, mark_returned
 from vera_fx.capturing.shell import shell_of
 from vera_fx.capturing.signature import Call, CallReader, map_tensors
+from vera_fx.capturing.stand_ins import answers
+from vera_fx.products.opaque import is_opaque
 
 
 def trace(
@@ -93,8 +95,14 @@ def aliased(exported: ExportedProgram, model: nn.Module) -> Iterator[str]:
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for named in (model.named_buffers(), model.named_parameters()):
-        yield from ((path, t) for path, t in named if not in_bank(path) and not t.is_meta)
+    for prefix, module in model.named_modules():
+        if in_bank(prefix) or is_opaque(module):
+            continue
+        own = (
+            module.named_buffers(prefix, recurse=False),
+            module.named_parameters(prefix, recurse=False),
+        )
+        yield from ((path, t) for named in own for path, t in named if not t.is_meta)
 
 
 class _Stopped(Exception):  # noqa: N818
@@ -137,6 +145,7 @@ def _tracing(shell: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(False)
         with (
             capturing(),
+            answers(),
             torch.inference_mode(False),
             torch.enable_grad(),
             torch.random.fork_rng(devices=[]),

@@ -7,9 +7,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from vera_fx._context import remember_device
+from vera_fx._context import Registration
 from vera_fx.errors import ConfigError
-from vera_fx.graphs.machine import costs_of, device_name, multiplies_well
+from vera_fx.graphs.machine import MEASURED, costs_of, device_name, multiplies_well
 from vera_fx.passes import Device
 
 _SECONDS = 1.0
@@ -45,7 +45,7 @@ def calibrate(device: torch.device | str | None = None) -> Device:
             bandwidth=_bandwidth(place),
             launch=_launch(place),
         )
-    remember_device(device_name(place), found)
+    Registration(MEASURED, device_name(place), found)
     return found
 
 

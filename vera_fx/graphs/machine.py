@@ -6,9 +6,12 @@ from dataclasses import replace
 import torch
 from torch import cpu
 
-from vera_fx._context import measured_device
+from vera_fx._context import registered
 from vera_fx._torch import any_autocast, default_device, device_types, wants_cuda_graphs
 from vera_fx.passes import DEVICES, Device
+
+MEASURED = "measured devices"
+"""Where `calibrate` keeps what it has measured, by the name of the device, for the process."""
 
 _BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 _FP16 = ("avx512_fp16", "amx_fp16", "fp16_arith")
@@ -28,7 +31,7 @@ def multiplies_well(dtype: torch.dtype, device: torch.device) -> bool:
 
 def costs_of(device: torch.device) -> Device:
     """What a device can do: as `calibrate` measured it, else as the table of devices has it."""
-    measured = measured_device(device_name(device))
+    measured = registered(MEASURED).get(device_name(device))
     if measured is not None:
         return measured
     if device.type == "cpu":

@@ -7,11 +7,12 @@ from torch import Tensor, nn
 
 from vera_fx.errors import TargetError
 from vera_fx.products.attention_output import AttentionOutput
+from vera_fx.products.called import Called
 from vera_fx.products.conv1d import Conv1D
 from vera_fx.products.linear import Linear
 from vera_fx.products.protocol import ProductKind
 
-KINDS: tuple[ProductKind, ...] = (AttentionOutput(), Conv1D(), Linear())
+KINDS: tuple[ProductKind, ...] = (AttentionOutput(), Called(), Conv1D(), Linear())
 """The first that owns a module counts."""
 
 
