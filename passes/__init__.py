@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from vera_fx.passes.checkpoint_layers import CheckpointLayers
 from vera_fx.passes.contiguous_attention import ContiguousAttention
+from vera_fx.passes.dense_products import DenseProducts
 from vera_fx.passes.drop_idle_dropout import DropIdleDropout
 from vera_fx.passes.drop_metadata_asserts import DropMetadataAsserts
 from vera_fx.passes.engine.functions import call_module, recomputed
@@ -71,6 +72,7 @@ __all__ = [
     "CheckpointLayers",
     "Choice",
     "ContiguousAttention",
+    "DenseProducts",
     "Device",
     "DropIdleDropout",
     "DropMetadataAsserts",
@@ -154,7 +156,12 @@ ORDER: tuple[type[GraphPass], ...] = (
 )
 """All passes that a graph goes through, in order: `cleanup`, `adaptation`, `training`."""
 
-FOR_EXPORTS: tuple[type[GraphPass], ...] = (FoldWeights, ContiguousAttention, ZeroMaskedRows)
+FOR_EXPORTS: tuple[type[GraphPass], ...] = (
+    FoldWeights,
+    DenseProducts,
+    ContiguousAttention,
+    ZeroMaskedRows,
+)
 """Passes over graphs that leave the library."""
 
 

@@ -21,6 +21,7 @@ from vera_fx.errors import (
     FixedSizesWarning,
     PartialCaptureWarning,
     PassError,
+    RequantisedWarning,
     TargetError,
     VeraFxError,
 )
@@ -46,6 +47,7 @@ from vera_fx.model.adapters import (
 )
 from vera_fx.model.merging import merge, unmerge
 from vera_fx.model.methods import also
+from vera_fx.products.registered import register_base_product
 from vera_fx.report.explain import explain
 
 __version__ = "0.1.0"
@@ -65,6 +67,7 @@ __all__ = [
     "ParameterSummary",
     "PartialCaptureWarning",
     "PassError",
+    "RequantisedWarning",
     "StoreCounts",
     "TargetError",
     "VeraConfig",
@@ -93,6 +96,7 @@ __all__ = [
     "program_sites",
     "program_vectors",
     "refresh",
+    "register_base_product",
     "replace_adapter",
     "save_adapter",
     "save_adapters",

@@ -49,6 +49,10 @@ class PassError(VeraFxError, RuntimeError):
     """A pass failed on a graph: a fault of the library. It names the pass and the site."""
 
 
+class RequantisedWarning(UserWarning):
+    """Weights were quantised again with an adapter in them, which lost a part of it."""
+
+
 class PartialCaptureWarning(UserWarning):
     """A model, or a part of it, runs in Python because it cannot be captured as one graph."""
 

@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 from vera_fx.passes.engine.graph import tensor_of
 from vera_fx.passes.engine.reports import Reason, Why
 from vera_fx.passes.plans.plan import PLANS, Assignment, Choice, PlanCosts, Workload
-from vera_fx.passes.sites.find import find_sites
+from vera_fx.passes.sites.find import Site, find_sites
 from vera_fx.passes.sites.target import Target
 
 _TOLERATED = 0.05
@@ -23,20 +23,25 @@ class SiteGroup:
     Attributes:
         sites: name and target of each.
         leading: the input's leading dimensions; sizes left open are SymInts.
+        dtype: of the first site's output.
     """
 
     sites: tuple[tuple[str, Target], ...]
     leading: tuple[int | torch.SymInt, ...]
+    dtype: torch.dtype = torch.float32
 
 
 def site_groups(gm: GraphModule, targets: Sequence[Target]) -> tuple[SiteGroup, ...]:
     """The sites of a captured graph, before any branch is inserted, grouped by their input."""
-    by_input: dict[tuple[Node, int], list[tuple[str, Target]]] = {}
+    by_input: dict[tuple[Node, int], list[Site]] = {}
     for site in find_sites(gm, targets).sites:
-        key = (site.x, site.target.in_features)
-        by_input.setdefault(key, []).append((site.name, site.target))
+        by_input.setdefault((site.x, site.target.in_features), []).append(site)
     return tuple(
-        SiteGroup(tuple(sites), tuple(tensor_of(x).shape[:-1]))
+        SiteGroup(
+            tuple((site.name, site.target) for site in sites),
+            tuple(tensor_of(x).shape[:-1]),
+            tensor_of(sites[0].node).dtype,
+        )
         for (x, _), sites in by_input.items()
     )
 
@@ -97,7 +102,7 @@ def _choice(
             choice.cost += found[plan]
             choice.kept += kept[plan]
             choice.base_cost += found["base"]
-            choice.reasons[name] = _why(found, tokens, work)
+            choice.reasons[name] = _why(found, target, tokens, work)
     names = {p: frozenset(n for n, q in plans.items() if q == p) for p in PLANS}
     in_float32 = work.slow_half or (work.narrow and not names["scaled"])
     exact = work.request == "factored" or (in_float32 and work.is_open)
@@ -152,7 +157,7 @@ def allowed(work: Workload) -> tuple[str, ...]:
     return tuple(plan for plan in (("scaled",) if work.narrow else PLANS) if plan in work.plans)
 
 
-def _why(costs: Mapping[str, float], tokens: int, work: Workload) -> Why:
+def _why(costs: Mapping[str, float], target: Target, tokens: int, work: Workload) -> Why:
     if work.restricted:
         return Why(work.restricted)
     if not work.is_open:
@@ -163,6 +168,7 @@ def _why(costs: Mapping[str, float], tokens: int, work: Workload) -> Why:
         return Why(Reason.SEVERAL_ACTIVE)
     if work.narrow:
         return Why(Reason.NARROW)
-    shares = tuple((p, costs[p] / costs["factored"]) for p in PLANS if p in work.plans)
+    plans = (plan for plan in target.product.plans if plan in work.plans)
+    shares = tuple((plan, costs[plan] / costs["factored"]) for plan in plans)
     reasons = {"timed": Reason.TIMED, "memory": Reason.LEANEST}
     return Why(reasons.get(work.request, Reason.CHEAPEST), tokens, shares)

@@ -16,7 +16,12 @@ class CalledModule:
     """A product by a module that the graph calls, as quantised linear layers are.
 
     No graph reads the weight, so that no plan can fold into it; ``scaled`` reads nothing of the base.
+
+    Attributes:
+        make: whose module it is, for reports.
     """
+
+    make: str = ""
 
     @property
     def plans(self) -> tuple[str, ...]:

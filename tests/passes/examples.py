@@ -14,6 +14,7 @@ from vera_fx.passes import (
     Branch,
     CheckpointLayers,
     ContiguousAttention,
+    DenseProducts,
     DropIdleDropout,
     DropMetadataAsserts,
     FoldWeights,
@@ -131,6 +132,28 @@ class TiedHead(nn.Module):
         return self.embed(x), self.head(x)
 
 
+class Packed(nn.Module):
+    """A layer whose weight only its own code reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_features, self.out_features = 3, 5
+        self.codes = nn.Buffer(torch.randint(-9, 9, (5, 3), dtype=torch.int8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.codes.to(x.dtype).T
+
+
+class CallsModule(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = Packed()
+        self.dense = Holder(weight=torch.randn(5, 3), bias=torch.randn(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.vera_fx.call(x, "lin", 5, torch.float32)
+
+
 class Attends(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = x[None, None]
@@ -220,6 +243,10 @@ EXAMPLES: dict[str, Example] = {
         DropMetadataAsserts(), lambda: graph_of(Casts(), torch.randn(4, 3))
     ),
     "DropIdleDropout": Example(DropIdleDropout(), lambda: graph_of(Idle(), torch.randn(4, 3))),
+    "DenseProducts": Example(
+        DenseProducts((("lin", "dense.weight", "dense.bias"),)),
+        lambda: graph_of(CallsModule(), torch.randn(4, 3)),
+    ),
     "FoldWeights": Example(
         FoldWeights(
             (Target("head", 3, 5, ReadWeight(), ("embed.weight", "head.weight")),), ("folded.head",)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -84,11 +84,13 @@ class Folded:
         kept: what base tensors were before, by their path: weights that are not computed back, and
             whatever the adapter has a copy of.
         exact: whether weights are kept.
+        stored: what called modules held their weights in, by target path.
     """
 
     vectors: dict[str, dict[str, Tensor]] = field(default_factory=dict[str, dict[str, Tensor]])
     kept: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     exact: bool = False
+    stored: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
 
 
 class Adapter(nn.Module):

@@ -41,6 +41,7 @@ class AdapterBank(nn.Module):
         disabled: how many ``disable_adapters`` blocks are open, in all threads.
         resting: inside them, the adapters with parameters that required gradients, and these.
         thawed: paths of the base parameters that trained before the model was adapted.
+        unpacked: paths of the base's modules that are kept from packing their weights.
     """
 
     def __init__(self) -> None:
@@ -55,6 +56,7 @@ class AdapterBank(nn.Module):
         self.disabled = 0
         self.resting: list[tuple[Adapter, list[str]]] = []
         self.thawed: tuple[str, ...] = ()
+        self.unpacked: tuple[str, ...] = ()
         self.register_load_state_dict_post_hook(_rebind)
 
     @property

@@ -12,8 +12,9 @@ from vera_fx.branches.kinds import kind_of
 from vera_fx.branches.protocol import BranchKind
 from vera_fx.config import AdapterConfig
 from vera_fx.errors import TargetError, listing, nearest, shown
-from vera_fx.passes import Target
+from vera_fx.passes import OPEN, Target
 from vera_fx.products.kinds import place_of
+from vera_fx.products.opaque import is_opaque
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -78,6 +79,7 @@ def blueprint(
             spread over devices.
     """
     config = with_default_targets(model, config)
+    _check_plan(config, targets)
     saved = _saved_modules(model, config)
     places = {path: place_of(model, path) for path in targets}
     trained = [t.device for path in saved for t in model.get_submodule(path).parameters()]
@@ -89,7 +91,38 @@ def blueprint(
             "vera_fx adapts models that are on one device"
         )
     biases = _bias_modules(model, config, targets, saved)
+    _check_copied(model, saved, biases)
     return Blueprint(config, targets, places, saved, biases, autocast)
+
+
+def _check_copied(model: nn.Module, saved: tuple[str, ...], biases: tuple[str, ...]) -> None:
+    """Refuse to train copies of what only a module's own code reads."""
+    for path in biases:
+        if is_opaque(module := model.get_submodule(path)):
+            raise TargetError(
+                f"an adapter cannot train the bias of {path!r}, a {type(module).__name__}, which adds it in "
+                "code of its own; use bias='none'"
+            )
+    for parent in saved:
+        for path, module in model.get_submodule(parent).named_modules(prefix=parent):
+            if is_opaque(module):
+                raise TargetError(
+                    f"modules_to_save cannot train a copy of {path!r}: quantised weights "
+                    f"({type(module).__name__}) do not train; keep it from being quantised"
+                )
+
+
+def _check_plan(config: AdapterConfig, targets: Mapping[str, Target]) -> None:
+    """Refuse a plan asked for by name that a target has no way to follow."""
+    products = {path: target.product for path, target in targets.items()}
+    lacking = [p for p, product in products.items() if config.plan not in {*product.plans, *OPEN}]
+    if lacking:
+        product = products[lacking[0]]
+        raise TargetError(
+            f"plan={config.plan!r} reads the base's weight, and that of {lacking[0]!r} "
+            f"({getattr(product, 'make', 'its module')}) is read by its own module alone; use 'auto', "
+            f"or one of {', '.join(map(repr, product.plans))}"
+        )
 
 
 def _saved_modules(model: nn.Module, config: AdapterConfig) -> tuple[str, ...]:

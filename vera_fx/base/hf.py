@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from vera_fx._context import class_made_of
 from vera_fx.base.hf_tracing import traceable
 
 
@@ -35,6 +36,47 @@ def hides_progress() -> bool:
     if logging is None:
         return False
     return not logging.is_progress_bar_enabled() or logging.get_verbosity() > logging.WARNING
+
+
+_TRAINABLE = "trainable quantiser"
+
+
+def allow_training(model: nn.Module) -> None:
+    """Let transformers' Trainer take a quantised model: it asks its quantiser, and knows PEFT's alone."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not getattr(quantizer, "is_qat_trainable", True):
+        quantizer.__class__ = class_made_of(type(quantizer), _TRAINABLE, _trainable)
+
+
+def refuse_training(model: nn.Module) -> None:
+    """Undo `allow_training`."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if getattr(type(quantizer), "_vera_purpose", None) == _TRAINABLE:
+        quantizer.__class__ = type(quantizer)._vera_base
+
+
+def _trainable(base: type) -> type:
+    def reduce(self: Any, _protocol: Any) -> tuple[Any, ...]:
+        return _plain_again, (base, dict(self.__dict__))
+
+    names: dict[str, Any] = {"__module__": base.__module__, "__qualname__": base.__qualname__}
+    names |= {"_vera_base": base, "_vera_purpose": _TRAINABLE, "__reduce_ex__": reduce}
+    return type(base.__name__, (base,), {**names, "is_qat_trainable": True})
+
+
+def _plain_again(base: type, state: dict[str, Any]) -> Any:
+    """What pickle and copies make of a quantiser; the copy of an adapted model may train as well."""
+    made = object.__new__(class_made_of(base, _TRAINABLE, _trainable))
+    made.__dict__.update(state)
+    return made
+
+
+def forget_quantisation(model: nn.Module) -> None:
+    """Let a model whose modules are plain now be saved and loaded as one."""
+    refuse_training(model)
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.remove_quantization_config(model)
 
 
 @contextlib.contextmanager

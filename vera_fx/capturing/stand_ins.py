@@ -19,6 +19,7 @@ _ANSWERS = "dtypes of answers"
 @torch.library.custom_op("vera_fx::call", mutates_args=())
 def _call(x: Tensor, path: str, out_features: int, dtype: torch.dtype) -> Tensor:
     """The call of the module at ``path``, in traces; never runs."""
+    del x, out_features, dtype
     raise CaptureError(f"the stand-in for {path!r} was called outside of a capture")
 
 

@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from vera_fx.bank.adaptation_plan import adaptation_plan
@@ -16,6 +17,7 @@ from vera_fx.capturing.export_call import Capture
 from vera_fx.capturing.signature import Call
 from vera_fx.checkpoint.state_dict import owned_tensors
 from vera_fx.errors import AdapterError, ExportError, TargetError
+from vera_fx.export.dense import dense_products
 from vera_fx.export.files import constant_name
 from vera_fx.export.module import Read
 from vera_fx.graphs.variants import copy_of
@@ -62,17 +64,21 @@ def graph_of(
     plan = _plan(bank, adapter, capture)
     if form == "merged":
         folded = _fold(model, bank, name, graph)
-        run_pipeline(graph, (RedirectParameters(plan.redirects), folded), "export")
-        return graph, _reads(model, bank, adapter, form) | _folded_reads(model, folded, graph)
+        dense, dense_reads = dense_products(model, graph, folded.called)
+        passes = (RedirectParameters(plan.redirects), folded.plain, dense)
+        run_pipeline(graph, passes, "export")
+        reads = _reads(model, bank, adapter, form) | _folded_reads(model, folded.plain, graph)
+        return graph, reads | dense_reads
     reads = _reads(model, bank, adapter, form)
     if form == "rows":
         plan = replace(plan, rows=_row_vectors(model, reads, capture, call))
     try:
         # Factored: the plans that merge within the call are no plain ATen operators.
-        run_pipeline(graph, adaptation(plan, Assignment()), "export")
+        dense, dense_reads = dense_products(model, graph, {})
+        run_pipeline(graph, (*adaptation(plan, Assignment()), dense), "export")
     except (TargetError, RowError) as error:
         raise ExportError(f"form={form!r} cannot be exported: {error}") from error
-    return graph, reads
+    return graph, reads | dense_reads
 
 
 def _plan(bank: AdapterBank, adapter: Adapter, capture: Capture) -> AdaptationPlan:
@@ -122,19 +128,28 @@ def _reads(model: nn.Module, bank: AdapterBank, adapter: Adapter, form: str) -> 
     return reads
 
 
-def _fold(model: nn.Module, bank: AdapterBank, name: str, graph: GraphModule) -> FoldWeights:
+class _Folded(NamedTuple):
+    """Weights with the adapter in them: those that the graph reads, and those of called modules."""
+
+    plain: FoldWeights
+    called: dict[str, Tensor]
+
+
+def _fold(model: nn.Module, bank: AdapterBank, name: str, graph: GraphModule) -> _Folded:
     """Put the folded weights where the pass finds them: on the graph, which is a copy."""
     try:
         weights = folded_weights(model, bank, name)
     except AdapterError as error:
         raise ExportError(f'form="merged" cannot be exported: {error}') from error
+    products = {path: target.product for path, target in bank.structure.targets.items()}
+    called = {path: weights.pop(path) for path in list(weights) if not products[path].layout}
     targets = [bank.structure.targets[path] for path in weights]
     laid = zip(targets, weights.values(), strict=True)
     stored = [w.T.contiguous() if t.product.layout == "in_out" else w for t, w in laid]
     holder = Slot({f"weight_{n}": weight for n, weight in enumerate(stored)})
     graph.__dict__[_FOLDED] = holder
     places = tuple(f"{_FOLDED}.weight_{n}" for n in range(len(weights)))
-    return FoldWeights(tuple(targets), places)
+    return _Folded(FoldWeights(tuple(targets), places), called)
 
 
 def _folded_reads(model: nn.Module, folded: FoldWeights, graph: GraphModule) -> dict[str, Read]:

@@ -118,8 +118,9 @@ def _choose(model: nn.Module, capture: Capture, call: Call, known: list[Any]) ->
         with as_library_errors():
             capture.planners[structure] = planner(model, capture.graph)
     sizes = open_sizes(capture.values, call.leaves)
-    work = workload(model, capture.training, trains=torch.is_grad_enabled())
-    return capture.planners[structure].choose(sizes, work, known)
+    found = capture.planners[structure]
+    work = workload(model, capture.training, found.dtype, trains=torch.is_grad_enabled())
+    return found.choose(sizes, work, known)
 
 
 def _structure(bank: AdapterBank, capture: Capture) -> "Hashable":

@@ -43,12 +43,14 @@ class Planner:
         groups: the graph's sites by the input they read.
         modelled: what the plans cost by a model.
         timed: what they cost by timing, for those who ask for it.
+        dtype: that the base computes in.
         chosen: the choice for each workload and number of tokens.
     """
 
     groups: tuple[SiteGroup, ...]
     modelled: PlanCosts
     timed: PlanCosts
+    dtype: torch.dtype
     chosen: dict[Any, Choice] = field(default_factory=dict[Any, Choice])
 
     def choose(
@@ -72,7 +74,9 @@ def planner(model: nn.Module, graph: torch.fx.GraphModule) -> Planner:
     kind = next(iter(kinds))
     dtype, device = _place(model)
     groups = site_groups(graph, list(bank.structure.targets.values()))
-    return Planner(groups, kind.costs, TimedCosts(kind, dtype, device))
+    called = [group.dtype for group in groups if not group.sites[0][1].product.layout]
+    # A weight that only its module reads does not say what is computed in; the outputs do.
+    return Planner(groups, kind.costs, TimedCosts(kind, dtype, device), (*called, dtype)[0])
 
 
 def layer_time(model: nn.Module, sizes: Mapping[Any, int]) -> LayerTime:
@@ -105,17 +109,20 @@ def _count(leading: Sequence[int | torch.SymInt], sizes: Mapping[Any, int]) -> i
     return math.prod(concrete(dim, sizes) for dim in leading)
 
 
-def workload(model: nn.Module, training: Mapping[str, bool], *, trains: bool) -> Workload:
+def workload(
+    model: nn.Module, training: Mapping[str, bool], dtype: torch.dtype, *, trains: bool
+) -> Workload:
     """What the chooser must know of the computing adapters and of the call.
 
     Args:
         model: the adapted model.
         training: for each module path, whether it is in train mode.
+        dtype: that the base computes in.
         trains: gradients will be taken.
     """
     bank = bank_of(model)
     adapters = [bank.adapter(name) for name in bank.slots.binding.names]
-    known, (dtype, device) = bank.slots.work, _place(model)
+    known, (_, device) = bank.slots.work, _place(model)
     requests = set(known.requests)
     in_train_mode = any(training.get(path) for path in bank.structure.targets)
     return Workload(

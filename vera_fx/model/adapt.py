@@ -11,7 +11,7 @@ from vera_fx.bank.bank import AdapterBank, bank_of
 from vera_fx.bank.blueprint import Blueprint, blueprint
 from vera_fx.bank.build import build_adapter, draw, install, unhook
 from vera_fx.bank.names import check_name
-from vera_fx.base.hf import register_types
+from vera_fx.base.hf import allow_training, refuse_training, register_types
 from vera_fx.base.modules import BANK, base_modules
 from vera_fx.base.targets import resolve_targets
 from vera_fx.branches.kinds import KINDS, config_from, is_config
@@ -22,7 +22,9 @@ from vera_fx.graphs.parts import restore_parts
 from vera_fx.graphs.runtime import require_adapted, runtime_of
 from vera_fx.model import mergeable, merging
 from vera_fx.model.containers import place_bank, remove_bank
+from vera_fx.model.dense import make_dense
 from vera_fx.model.model_class import extend, is_adapted, restore_class
+from vera_fx.products.kinds import allow_packing, keep_gradients
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -89,6 +91,8 @@ def adapt_with(
         bank.train(model.training)
         bank.activate([name])
         register_types(model)
+        allow_training(model)
+        bank.unpacked = keep_gradients(model)
         extend(model)
     except BaseException:
         _detach(model, bank)
@@ -213,7 +217,8 @@ def unload(model: M, *, merge: bool = False, safe: bool = True) -> M:
         model: an adapted model.
         merge: fold the active adapters into the base weights first; otherwise the base
             weights are what they were before `adapt`. Either way the parameters that trained
-            before `adapt` may train again.
+            before `adapt` may train again. Quantised modules become plain ``nn.Linear``s, whose
+            memory is the dense model's.
         safe: with ``merge``, check the merged weights for NaN and infinity first.
 
     Raises:
@@ -232,6 +237,11 @@ def _merge_for_good(model: nn.Module, *, safe: bool) -> None:
     bank = bank_of(model)
     merging.check_enabled(bank)
     todo = [name for name in bank.active if name not in bank.merged]
+    if any(not target.product.layout for target in bank.structure.targets.values()):
+        # Nothing is rounded a second time.
+        todo = [*bank.merged, *todo]
+        merging.unmerge(model)
+        make_dense(model, bank)
     mergeable.check_mergeable(model, bank, todo, safe=safe)
     mergeable.check_compatible(bank, [*bank.merged, *todo], "be merged")
     mergeable.untie(model, todo)
@@ -245,6 +255,8 @@ def _detach(model: nn.Module, bank: AdapterBank) -> None:
     restore_parts(model)
     restore_class(model)
     remove_bank(model)
+    refuse_training(model)
+    allow_packing(model, bank.unpacked)
     for path in bank.thawed:
         model.get_parameter(path).requires_grad_(True)
     model.__dict__.pop("_vera_runtime", None)

@@ -13,7 +13,7 @@ from vera_fx.bank.bank import AdapterBank
 from vera_fx.base.hf import unset_tied
 from vera_fx.errors import AdapterError, listing
 from vera_fx.graphs.runtime import require_adapted
-from vera_fx.products.kinds import weight_of
+from vera_fx.products.kinds import kind_of, weight_of
 
 Change = tuple[Tensor, Callable[[], Tensor]]
 """A weight, and what is to be added to it."""
@@ -29,10 +29,14 @@ def check_mergeable(
             not be finite.
     """
     for name in names:
-        for path, weight in changed(model, bank.adapter(name)):
-            if not bank.structure.targets[path].weights:
+        for path in bank.adapter(name).vectors.by_path:
+            kind, module = kind_of(model, path)
+            if (reason := kind.merge_refusal(module)) is not None:
+                raise _refused(name, path, reason)
+            target = bank.structure.targets[path]
+            if target.product.layout and not target.weights:
                 raise _refused(name, path, "is computed (parametrised)")
-            if weight.is_meta:
+            if any(tensor.is_meta for tensor in module._parameters.values() if tensor is not None):
                 raise _on_meta(name, path)
     if safe:
         _check_finite(model, bank, names)
@@ -222,11 +226,13 @@ def _delta(adapter: Adapter, weight: Tensor, tensors: Mapping[str, Tensor]) -> T
 
 
 def _check_finite(model: nn.Module, bank: AdapterBank, names: Iterable[str]) -> None:
-    totals: dict[int, Tensor] = {}
+    totals: dict[int | str, Tensor] = {}
     for name in names:
-        for weight, delta in deltas(model, bank, bank.adapter(name)).values():
-            total = totals.get(weight.data_ptr(), weight.detach()) + delta()
-            totals[weight.data_ptr()] = total.to(weight.dtype)
+        for path, (weight, delta) in deltas(model, bank, bank.adapter(name)).items():
+            # Tied weights are one tensor; what is computed is another one at every turn.
+            key = weight.data_ptr() if bank.structure.targets[path].product.layout else path
+            total = totals.get(key, weight.detach()) + delta()
+            totals[key] = total.to(weight.dtype)
             if not torch.isfinite(total.to(weight.dtype)).all():
                 raise _not_finite(name, " (merge with safe=False to do it anyway)")
 
@@ -248,7 +254,8 @@ def _not_finite(name: str, hint: str = "") -> AdapterError:
     )
 
 
-def changed(model: nn.Module, adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
-    """The weights that merging changes, by target path."""
+def changed(model: nn.Module, bank: AdapterBank, adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
+    """The weights that merging changes in place, by target path."""
     for path in adapter.vectors.by_path:
-        yield path, weight_of(model, path)
+        if bank.structure.targets[path].product.layout:
+            yield path, weight_of(model, path)

@@ -22,6 +22,7 @@ from vera_fx.model.mergeable import (
     check_together,
     deltas,
 )
+from vera_fx.model.requantising import check_coarse, is_called, put_back, rewrite, tell_loss
 
 
 @renamed(names="adapter_names")
@@ -31,6 +32,7 @@ def merge(
     *,
     safe: bool = True,
     keep_base: bool = False,
+    requantise: bool = False,
 ) -> None:
     """Add ``diag(b) B diag(d) A`` of each adapter to its targets' weights, in place.
 
@@ -43,9 +45,15 @@ def merge(
         safe: refuse to merge if a result has NaN or infinity, before any weight is changed.
         keep_base: keep a copy of the weights, so that `unmerge` restores them bit for bit. Without
             it `unmerge` subtracts, which restores them to rounding.
+        requantise: merge into weights of 4 bits as well, whose rounding may be larger than what the
+            adapter adds. Quantised weights are read, added to and quantised again, as in PEFT; unlike
+            there `unmerge` gives back the very weights that were.
 
     Raises:
         AdapterError: an unknown name, a weight that cannot be merged, or values that are not finite.
+
+    Warns:
+        RequantisedWarning: weights were quantised again, with how much of the change that lost.
     """
     bank = require_adapted(model)
     with bank.slots.lock:
@@ -53,6 +61,7 @@ def merge(
         todo = _to_merge(bank, adapter_names)
         check_ties(bank, todo)
         check_mergeable(model, bank, todo, safe=safe)
+        check_coarse(model, bank, todo, asked=requantise)
         check_together(bank, todo)
         check_compatible(bank, [*bank.merged, *todo], "be merged")
         check_seen(bank, [*bank.merged, *todo])
@@ -60,6 +69,7 @@ def merge(
             # What depends on the weight cannot be subtracted again.
             exact = keep_base or not bank.adapter(name).kind.maths.adds_up
             bank.folded[name] = _fold(model, bank, name, exact=exact)
+            tell_loss(model, bank, name)
         bank.bind()
 
 
@@ -120,8 +130,10 @@ def _fold(model: nn.Module, bank: AdapterBank, name: str, *, exact: bool) -> Fol
     adapter = bank.adapter(name)
     folded = Folded({path: _copied(adapter, path) for path in adapter.vectors.by_path}, exact=exact)
     if exact:
-        folded.kept = {path: w.detach().clone() for path, w in changed(model, adapter)}
-    _add(deltas(model, bank, adapter))
+        folded.kept = {path: w.detach().clone() for path, w in changed(model, bank, adapter)}
+    found = deltas(model, bank, adapter)
+    _add({path: change for path, change in found.items() if not is_called(bank, path)})
+    rewrite(model, {path: found[path] for path in found if is_called(bank, path)}, folded)
     replaced = set(_replace(model, adapter, folded))
     for other, before in bank.folded.items():
         # Their updates went with the tensors that this adapter has its own of.
@@ -156,10 +168,12 @@ def _copied(adapter: Adapter, path: str) -> dict[str, Tensor]:
 def _unfold(model: nn.Module, bank: AdapterBank, adapter: Adapter, folded: Folded) -> None:
     """Give the base's tensors back what they were."""
     if folded.exact:
-        for path, weight in changed(model, adapter):
+        for path, weight in changed(model, bank, adapter):
             weight.data.copy_(folded.kept[path])
     else:
-        _add(deltas(model, bank, adapter, folded.vectors), sign=-1)
+        found = deltas(model, bank, adapter, folded.vectors)
+        _add({path: found[path] for path in found if not is_called(bank, path)}, sign=-1)
+    put_back(model, folded)
     for path, name, _ in adapter.copied_tensors():
         held = folded.kept.get(f"{path}.{name}")
         if held is not None:

@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vera_fx.products.bitsandbytes_layers import requantise_4bit, requantise_8bit, restore, stored
 from vera_fx.products.opaque import registered_product
-from vera_fx.products.requantise import bitsandbytes_4bit, bitsandbytes_8bit
 
-Requantise = Callable[[nn.Module, Tensor], Tensor]
-"""Gives a weight for the module that holds the values of a plain matrix, quantised as its own is."""
+Requantise = Callable[[nn.Module, Tensor], None]
+"""Writes the values of a plain matrix into a module, quantised as its weight is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +26,9 @@ class Backend:
         layers: ``module.Class`` of its layers, or of the class of their weights.
         bits: reads off a layer how its weight is stored, in words.
         requantise: how a changed weight is written back; None where the library has no way.
+        coarse: whether that rounds so much that it has to be asked for.
+        stored: gives what holds a module's weight now.
+        restore: lets a module hold that again.
         tested: whether the suite runs the library itself, or a stand-in of its interface.
     """
 
@@ -33,6 +36,9 @@ class Backend:
     layers: tuple[str, ...]
     bits: Callable[[Any], str]
     requantise: Requantise | None = None
+    coarse: bool = False
+    stored: Callable[[nn.Module], dict[str, Any]] | None = None
+    restore: Callable[[nn.Module, dict[str, Any]], None] | None = None
     tested: bool = False
 
 
@@ -71,14 +77,19 @@ BACKENDS = (
         "bitsandbytes",
         ("bitsandbytes.Linear8bitLt",),
         lambda _: "8 bit",
-        bitsandbytes_8bit,
+        requantise_8bit,
+        stored=stored,
+        restore=restore,
         tested=True,
     ),
     Backend(
         "bitsandbytes",
         ("bitsandbytes.Linear4bit",),
         _bnb_4bit,
-        bitsandbytes_4bit,
+        requantise_4bit,
+        coarse=True,
+        stored=stored,
+        restore=restore,
         tested=True,
     ),
     Backend("torchao", ("torchao.*",), _weight_type, tested=True),

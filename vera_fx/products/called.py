@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from vera_fx.errors import first_line
 from vera_fx.passes import BaseProduct, CalledModule
-from vera_fx.products.backends import backend_of
+from vera_fx.products.backends import backend_of, describe
 from vera_fx.products.opaque import (
     Features,
     answer,
@@ -74,8 +74,7 @@ class Called:
 
     def product(self, module: nn.Module) -> BaseProduct:
         """A call."""
-        del module
-        return CalledModule()
+        return CalledModule(describe(module))
 
     def weight(self, module: nn.Module) -> Tensor:
         """Computed: what the module answers to unit vectors."""

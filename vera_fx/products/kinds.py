@@ -6,10 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from vera_fx.errors import TargetError
+from vera_fx.products import bitsandbytes_layers
 from vera_fx.products.attention_output import AttentionOutput
+from vera_fx.products.backends import Backend, backend_of
 from vera_fx.products.called import Called
 from vera_fx.products.conv1d import Conv1D
 from vera_fx.products.linear import Linear
+from vera_fx.products.opaque import is_opaque
 from vera_fx.products.protocol import ProductKind
 
 KINDS: tuple[ProductKind, ...] = (AttentionOutput(), Called(), Conv1D(), Linear())
@@ -35,6 +38,29 @@ def kind_of(model: nn.Module, path: str) -> tuple[ProductKind, nn.Module]:
             "was there when the model was adapted, or unload the adapters first"
         )
     return kind, module
+
+
+def keep_gradients(model: nn.Module) -> tuple[str, ...]:
+    """Keep the model's called modules, targets or not, from what would lose gradients.
+
+    Returns:
+        The paths of those that were changed, for `allow_packing`.
+    """
+    named = ((path, module) for path, module in model.named_modules() if is_opaque(module))
+    return tuple(path for path, module in named if bitsandbytes_layers.keep_gradients(module))
+
+
+def allow_packing(model: nn.Module, paths: tuple[str, ...]) -> None:
+    """Undo `keep_gradients`."""
+    modules = dict(model.named_modules())
+    for path in paths:
+        if path in modules and is_opaque(modules[path]):
+            bitsandbytes_layers.allow_packing(modules[path])
+
+
+def rewritable(model: nn.Module, path: str) -> Backend | None:
+    """The library that made the called target at ``path``; None if the table does not know it."""
+    return backend_of(model.get_submodule(path))
 
 
 def weight_of(model: nn.Module, path: str) -> Tensor:

@@ -27,6 +27,8 @@ class TargetRow:
     out_features: int
     adapters: tuple[str, ...]
     parameters: int
+    base: str = ""
+    """Whose module it is, if graphs call it: a quantisation library's, with its bits."""
 
 
 class SitePlan(NamedTuple):
@@ -144,9 +146,16 @@ class Explanation:
         yield f"projections: {'; '.join(self.projections) or 'none'}"
         yield f"targets: {len(self.targets)}"
         yield from _table(
-            ("target", "in", "out", "parameters", "adapters"),
+            (
+                "target",
+                "in",
+                "out",
+                "parameters",
+                "adapters",
+                "base" * any(t.base for t in self.targets),
+            ),
             [
-                (t.path, t.in_features, t.out_features, t.parameters, ", ".join(t.adapters))
+                (t.path, t.in_features, t.out_features, t.parameters, ", ".join(t.adapters), t.base)
                 for t in self.targets
             ],
         )
@@ -234,6 +243,7 @@ def _target_row(bank: AdapterBank, target: Target) -> TargetRow:
         out_features=target.out_features,
         adapters=tuple(held),
         parameters=sum(p.numel() for vectors in held.values() for p in vectors.parameters()),
+        base=getattr(target.product, "make", ""),
     )
 
 
