@@ -22,17 +22,21 @@ class DenseProducts:
 
     Before::
 
+        %first_weight: f32[3, 3] = first.weight
         %x: f32[s0, 3] = input
+        %linear: f32[s0, 3] = linear(%x, %first_weight)
         %lin = lin
-        %call_module: f32[s0, 5] = call_module(%lin, %x)
+        %call_module: f32[s0, 5] = call_module(%lin, %linear)
         return [%call_module]
 
     After::
 
+        %first_weight: f32[3, 3] = first.weight
         %x: f32[s0, 3] = input
         %dense_weight: f32[5, 3] = dense.weight
         %dense_bias: f32[5] = dense.bias
-        %dense: f32[s0, 5] = linear(%x, %dense_weight, %dense_bias)
+        %linear: f32[s0, 3] = linear(%x, %first_weight)
+        %dense: f32[s0, 5] = linear(%linear, %dense_weight, %dense_bias)
         return [%dense]
 
     Needs: the weights, and biases where there are any, as attributes of the graph's owner.

@@ -138,20 +138,19 @@ class Packed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.in_features, self.out_features = 3, 5
-        self.codes = nn.Buffer(torch.randint(-9, 9, (5, 3), dtype=torch.int8))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x @ self.codes.to(x.dtype).T
+        return x @ torch.arange(15.0).view(3, 5)
 
 
 class CallsModule(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.lin = Packed()
+        self.first, self.lin = nn.Linear(3, 3, bias=False), Packed()
         self.dense = Holder(weight=torch.randn(5, 3), bias=torch.randn(5))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.vera_fx.call(x, "lin", 5, torch.float32)
+        return torch.ops.vera_fx.call(self.first(x), "lin", 5, torch.float32)
 
 
 class Attends(nn.Module):

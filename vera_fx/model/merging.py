@@ -65,12 +65,18 @@ def merge(
         check_together(bank, todo)
         check_compatible(bank, [*bank.merged, *todo], "be merged")
         check_seen(bank, [*bank.merged, *todo])
-        for name in todo:
-            # What depends on the weight cannot be subtracted again.
-            exact = keep_base or not bank.adapter(name).kind.maths.adds_up
-            bank.folded[name] = _fold(model, bank, name, exact=exact)
-            tell_loss(model, bank, name)
-        bank.bind()
+        _fold_all(model, bank, todo, keep_base=keep_base)
+
+
+def _fold_all(
+    model: nn.Module, bank: AdapterBank, names: Sequence[str], *, keep_base: bool
+) -> None:
+    for name in names:
+        # What depends on the weight cannot be subtracted again.
+        exact = keep_base or not bank.adapter(name).kind.maths.adds_up
+        bank.folded[name] = _fold(model, bank, name, exact=exact)
+        tell_loss(model, bank, name)
+    bank.bind()
 
 
 def unmerge(model: nn.Module) -> None:

@@ -90,6 +90,6 @@ class Called:
         if backend is not None and backend.requantise is not None:
             return None
         return (
-            f"is that of a {type(module).__name__}, to which nothing can be added in place; "
+            f"({describe(module)}) is not plain, and nothing can be added to it in place; "
             "unload(merge=True) gives plain modules with the adapter in them"
         )
