@@ -24,7 +24,7 @@ from vera_fx.capturing.returned_objects import Stateful
 from vera_fx.capturing.signature import Call, CallReader
 from vera_fx.capturing.stand_ins import call_live
 from vera_fx.capturing.trace import aliased, trace
-from vera_fx.errors import CaptureError, FixedSizesWarning, first_line, listing
+from vera_fx.errors import CaptureError, FixedSizesWarning, TargetError, first_line, listing
 from vera_fx.passes import PipelineReport, cleanup, resolve, written_attributes, written_inputs
 from vera_fx.pipelines import run_pipeline
 
@@ -156,6 +156,8 @@ def _traced(
         except OutOfTime:
             _tell(model, call, opening)
             opening = opening.next()
+        except TargetError:
+            raise
         except Exception as error:
             raise CaptureError(_explain(model, call, error)) from error
 

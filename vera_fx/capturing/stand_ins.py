@@ -1,6 +1,7 @@
 """What stands in a shell for modules that graphs call: no tensors to trace, and a call of one node."""
 
 import warnings
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -55,32 +56,46 @@ def stand_in(module: nn.Module, path: str) -> nn.Module:
 
 
 def _answered(module: nn.Module, x: Tensor) -> torch.dtype:
-    """The dtype that the module returns for such an input: asked of itself, once for its class.
-
-    Warns:
-        UserWarning: gradients do not pass through it.
-    """
+    """The dtype that the module returns for such an input: asked of itself, once for its class."""
     own = next(tensors_of(module), None)
     if own is None or own.is_meta:
         return x.dtype
     device = own.device.type
     key = type(module), x.dtype, own.dtype, torch.is_autocast_enabled(device)
-    known = cast("dict[Any, torch.dtype]", now(_ANSWERS, {}))
-    if key not in known:
+    known = cast("Answers", now(_ANSWERS) or Answers())
+    if key not in known.dtypes:
         result = answer(module, torch.ones(1, x.shape[-1], dtype=x.dtype, device=own.device))
+        known.dtypes[key] = result.dtype
         if not result.requires_grad:
+            known.blocking.add(type(module).__name__)
+    return known.dtypes[key]
+
+
+@dataclass(slots=True)
+class Answers:
+    """What modules have answered during a trace.
+
+    Attributes:
+        dtypes: by class and input.
+        blocking: classes that pass no gradient on to their input.
+    """
+
+    dtypes: dict[Any, torch.dtype] = field(default_factory=dict[Any, torch.dtype])
+    blocking: set[str] = field(default_factory=set[str])
+
+    def tell(self) -> None:
+        """Warn of those that pass no gradient on, after the trace, which silences warnings."""
+        for name in sorted(self.blocking):
             warnings.warn(
-                f"{type(module).__name__} passes no gradient on to its input: adapters in layers before "
-                "it do not learn from what comes after it, in PEFT as here",
+                f"{name} passes no gradient on to its input: adapters in layers before it do not learn "
+                "from what comes after it, in PEFT as here",
                 stacklevel=2,
             )
-        known[key] = result.dtype
-    return known[key]
 
 
-def answers() -> Any:
-    """Inside the block each class of modules is asked once."""
-    return holding(_ANSWERS, {})
+def asking(answers: Answers) -> Any:
+    """Inside the block each class of modules is asked once, and the answers noted."""
+    return holding(_ANSWERS, answers)
 
 
 def call_live(graph: Graph) -> None:

@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 
 from vera_fx._context import capturing
+from vera_fx._torch import is_wrapper
 from vera_fx.base.hf import checkpointing_recorded, export_patches
 from vera_fx.base.modules import in_bank
 from vera_fx.capturing.budget import Clock, Opening
@@ -17,7 +18,8 @@ from vera_fx.capturing.open_integers import sizes_as_integers
 from vera_fx.capturing.returned_objects import Stateful, mark_returned
 from vera_fx.capturing.shell import shell_of
 from vera_fx.capturing.signature import Call, CallReader, map_tensors
-from vera_fx.capturing.stand_ins import answers
+from vera_fx.capturing.stand_ins import Answers, asking
+from vera_fx.errors import TargetError
 from vera_fx.products.opaque import is_opaque
 
 
@@ -55,12 +57,27 @@ def trace(
             result = _run(shell, *entry, arguments)
         return mark_returned(result, stateful.pick(arguments))
 
-    with clock.running():
+    answers = Answers()
+    with clock.running(), asking(answers):
         found = _traced(shell_of(model, run, list(inputs)), inputs, opening)
-        if any(True for _ in aliased(found[0], model)):
+        past = list(aliased(found[0], model))
+        _check_opaque(model, past)
+        if past:
             # Some code holds on to the live modules, past the ones that it was given: let it have them.
             found = _traced(shell_of(model, run, list(inputs), live=True), inputs, opening)
+    answers.tell()
     return found
+
+
+def _check_opaque(model: nn.Module, paths: Sequence[str]) -> None:
+    """Refuse code that computes with a quantised tensor itself: what is in it only its module knows."""
+    for path in paths:
+        owner = path.rpartition(".")[0]
+        if is_opaque(module := model.get_submodule(owner)):
+            raise TargetError(
+                f"{path!r} is read by code other than {owner!r}, a {type(module).__name__}, which alone "
+                "knows what is stored in it; keep that layer from being quantised"
+            )
 
 
 def _run(shell: nn.Module, forward: Any, reader: CallReader, arguments: dict[str, Any]) -> Any:
@@ -96,13 +113,15 @@ def aliased(exported: ExportedProgram, model: nn.Module) -> Iterator[str]:
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for prefix, module in model.named_modules():
-        if in_bank(prefix) or is_opaque(module):
+        if in_bank(prefix):
             continue
         own = (
             module.named_buffers(prefix, recurse=False),
             module.named_parameters(prefix, recurse=False),
         )
-        yield from ((path, t) for named in own for path, t in named if not t.is_meta)
+        yield from (
+            (path, t) for named in own for path, t in named if not (t.is_meta or is_wrapper(t))
+        )
 
 
 class _Stopped(Exception):  # noqa: N818
@@ -145,7 +164,6 @@ def _tracing(shell: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(False)
         with (
             capturing(),
-            answers(),
             torch.inference_mode(False),
             torch.enable_grad(),
             torch.random.fork_rng(devices=[]),
