@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 DATA = examples/data/sentiment
 
-.PHONY: demo server load test fuzz test-all test-executorch families mutation lint types bench gpu clean
+.PHONY: demo server load test fuzz test-all test-executorch test-quantised families mutation lint types bench gpu clean
 
 # One stamp per set of extras; they share the virtual environment.
 $(VENV)/.%: pyproject.toml constraints.txt
@@ -43,6 +43,11 @@ test-executorch:
 	$(MAKE) VENV=.venv-executorch .venv-executorch/.test,executorch
 	.venv-executorch/bin/python -m pytest -m "not slow" tests/export/test_executorch.py
 
+# Quantisation libraries change what transformers, accelerate and PEFT do: an environment of their own.
+test-quantised:
+	$(MAKE) VENV=.venv-quantised .venv-quantised/.test,quantised
+	.venv-quantised/bin/python -m pytest -n 2 -m "not slow" tests/quantised
+
 # The matrix of model families, with its table. timm brings torchvision, which transformers would
 # import wherever it is: a virtual environment of its own.
 families:
@@ -74,4 +79,4 @@ gpu: $(VENV)/.test
 	$(BIN)/python -m benchmarks.host --device cuda --layers 12 --output out/gpu_host.json
 
 clean:
-	rm -rf $(VENV) .venv-executorch .venv-timm build out .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-executorch .venv-quantised .venv-timm build out .pytest_cache .ruff_cache .hypothesis

@@ -23,6 +23,7 @@ class Case:
         dtype: of the base model.
         checkpointed: transformers' gradient checkpointing is on.
         device: where model and inputs are.
+        quantised: how the base's linear layers are stored: ``"nf4"`` or ``"int8"`` (bitsandbytes).
     """
 
     name: str
@@ -35,6 +36,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     checkpointed: bool = False
     device: str = "cpu"
+    quantised: str = ""
 
     @property
     def tokens(self) -> int:
@@ -98,9 +100,34 @@ BUILDERS: dict[str, Callable[[Case], nn.Module]] = {"roberta": roberta, "llama":
 def build(case: Case) -> nn.Module:
     """The base model in train mode, the same weights every time."""
     torch.manual_seed(0)
-    model = BUILDERS[case.family](case).to(case.device, case.dtype).train()
+    model = BUILDERS[case.family](case).to(case.dtype)
+    model = (quantise(model, case.quantised) if case.quantised else model).to(case.device).train()
     if case.checkpointed:
         model.gradient_checkpointing_enable()
+    return model
+
+
+def quantise(model: nn.Module, kind: str) -> nn.Module:
+    """The model over weights of bitsandbytes; a layer is quantised when it is moved."""
+    from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+
+    for path, old in list(model.named_modules()):
+        if not isinstance(old, nn.Linear):
+            continue
+        sizes, biased, weight = (
+            (old.in_features, old.out_features),
+            old.bias is not None,
+            old.weight,
+        )
+        if kind == "nf4":
+            new: nn.Module = Linear4bit(*sizes, biased, compute_dtype=weight.dtype)
+            new.weight = Params4bit(weight.detach(), False, quant_type="nf4", module=new)
+        else:
+            new = Linear8bitLt(*sizes, biased, has_fp16_weights=False)
+            new.weight = Int8Params(weight.detach(), requires_grad=False)
+        new.bias = old.bias
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, new)
     return model
 
 

@@ -72,9 +72,9 @@ def torchao(name: str) -> Any:
     from torchao import quantization as q
 
     made = {
-        "int8": lambda: q.Int8WeightOnlyConfig(),
-        "int8 dynamic": lambda: q.Int8DynamicActivationInt8WeightConfig(),
-        "float8": lambda: q.Float8WeightOnlyConfig(),
+        "int8": q.Int8WeightOnlyConfig,
+        "int8 dynamic": q.Int8DynamicActivationInt8WeightConfig,
+        "float8": q.Float8WeightOnlyConfig,
         "int4": lambda: q.IntxWeightOnlyConfig(
             weight_dtype=torch.int4, granularity=q.granularity.PerGroup(32)
         ),
