@@ -32,6 +32,7 @@ from vera_fx.export.onnx import export_onnx
 from vera_fx.export.program import export_program
 from vera_fx.export.read_back import program_sites, replace_adapter
 from vera_fx.export.vectors import program_vectors
+from vera_fx.folding.merging import merge, unmerge
 from vera_fx.graphs.calibrate import calibrate
 from vera_fx.model.adapt import adapt, capture, refresh, unload
 from vera_fx.model.adapters import (
@@ -45,8 +46,8 @@ from vera_fx.model.adapters import (
     set_adapter,
     set_trainable,
 )
-from vera_fx.model.merging import merge, unmerge
 from vera_fx.model.methods import also
+from vera_fx.model.on_paper import PaperMemory, memory_on_paper
 from vera_fx.products.registered import register_base_product
 from vera_fx.report.explain import explain
 
@@ -64,6 +65,7 @@ __all__ = [
     "DVoraConfig",
     "ExportError",
     "FixedSizesWarning",
+    "PaperMemory",
     "ParameterSummary",
     "PartialCaptureWarning",
     "PassError",
@@ -91,6 +93,7 @@ __all__ = [
     "load_adapter_state_dict",
     "load_program",
     "lora_errors",
+    "memory_on_paper",
     "merge",
     "parameter_summary",
     "program_sites",

@@ -22,12 +22,17 @@ def ours(name: str, dtype: torch.dtype = torch.float32, plan: str = "factored") 
     return model
 
 
-def theirs(name: str, dtype: torch.dtype = torch.float32) -> Any:
+def unpacked(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    """For PEFT, where one call without gradients would make all later gradients wrong."""
     model = quantised(name, dtype)
     for module in model.modules():
-        # Without this one call without gradients makes all later gradients wrong, in PEFT.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def theirs(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    model = unpacked(name, dtype)
     model = peft.get_peft_model(model, peft.VeraConfig(r=R, target_modules=TARGETS))
     fill_vectors(model)
     return model
@@ -74,7 +79,7 @@ def test_files_both_ways(name: str, tmp_path: Path) -> None:
     mine, peers = ours(name), theirs(name)
     expected = peers(**INPUTS).logits
     vera_fx.save_adapter(mine, tmp_path / "ours")
-    read = peft.PeftModel.from_pretrained(quantised(name), str(tmp_path / "ours"))
+    read = peft.PeftModel.from_pretrained(unpacked(name), str(tmp_path / "ours"))
     assert torch.equal(read(**INPUTS).logits, expected)
     peers.save_pretrained(str(tmp_path / "theirs"))
     back = vera_fx.load_adapter(quantised(name), tmp_path / "theirs")

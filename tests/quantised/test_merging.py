@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import vera_fx
-from tests.helpers import fill_adapters
+from tests.helpers import assert_close, fill_adapters
 from tests.quantised.backends import BITSANDBYTES, INPUTS, TARGETS, quantised
 
 
@@ -107,7 +107,9 @@ def test_weights_that_were_packed_are_unpacked() -> None:
         fill_adapters(each)
         each(**INPUTS).loss.backward()
         values.extend(p.grad for p in each.parameters() if p.requires_grad)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    assert all(bool(value.abs().sum()) for value in found)
+    for value, reference in zip(found, expected, strict=True):
+        # The packing has rounded the blocks' scales to bfloat16.
+        assert_close(value, reference, factor=2000)
+        assert value.abs().sum() > 0
     plain = vera_fx.unload(model)
     assert plain.model.layers[0].mlp.up_proj.support_avx512bf16_for_cpu

@@ -50,9 +50,9 @@ def allow_training(model: nn.Module) -> None:
 
 def refuse_training(model: nn.Module) -> None:
     """Undo `allow_training`."""
-    quantizer = getattr(model, "hf_quantizer", None)
+    quantizer: Any = getattr(model, "hf_quantizer", None)
     if getattr(type(quantizer), "_vera_purpose", None) == _TRAINABLE:
-        quantizer.__class__ = type(quantizer)._vera_base
+        quantizer.__class__ = quantizer._vera_base
 
 
 def _trainable(base: type) -> type:

@@ -67,7 +67,9 @@ def _answered(module: nn.Module, x: Tensor) -> torch.dtype:
         result = answer(module, torch.ones(1, x.shape[-1], dtype=x.dtype, device=own.device))
         known.dtypes[key] = result.dtype
         if not result.requires_grad:
-            known.blocking.add(type(module).__name__)
+            weight = module._parameters.get("weight")
+            held = "" if weight is None else f" over {type(weight.data).__name__}"
+            known.blocking.add(f"{type(module).__name__}{held}")
     return known.dtypes[key]
 
 

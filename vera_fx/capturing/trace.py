@@ -59,14 +59,22 @@ def trace(
 
     answers = Answers()
     with clock.running(), asking(answers):
-        found = _traced(shell_of(model, run, list(inputs)), inputs, opening)
-        past = list(aliased(found[0], model))
-        _check_opaque(model, past)
-        if past:
-            # Some code holds on to the live modules, past the ones that it was given: let it have them.
-            found = _traced(shell_of(model, run, list(inputs), live=True), inputs, opening)
-    answers.tell()
+        found = _found(model, run, inputs, opening)
+    if torch.is_grad_enabled():
+        answers.tell()
     return found
+
+
+def _found(
+    model: nn.Module, run: Any, inputs: dict[str, Any], opening: Opening
+) -> tuple[ExportedProgram, frozenset[str]]:
+    found = _traced(shell_of(model, run, list(inputs)), inputs, opening)
+    past = list(aliased(found[0], model))
+    _check_opaque(model, past)
+    if not past:
+        return found
+    # Some code holds on to the live modules, past the ones that it was given: let it have them.
+    return _traced(shell_of(model, run, list(inputs), live=True), inputs, opening)
 
 
 def _check_opaque(model: nn.Module, paths: Sequence[str]) -> None:

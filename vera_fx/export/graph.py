@@ -20,9 +20,9 @@ from vera_fx.errors import AdapterError, ExportError, TargetError
 from vera_fx.export.dense import dense_products
 from vera_fx.export.files import constant_name
 from vera_fx.export.module import Read
+from vera_fx.folding.mergeable import folded_weights
 from vera_fx.graphs.variants import copy_of
 from vera_fx.mixing.rows_of_call import row_count, rows_among
-from vera_fx.model.mergeable import folded_weights
 from vera_fx.passes import (
     AdaptationPlan,
     Assignment,

@@ -17,12 +17,12 @@ from vera_fx.base.targets import resolve_targets
 from vera_fx.branches.kinds import KINDS, config_from, is_config
 from vera_fx.config import AdapterConfig
 from vera_fx.errors import AdapterError, ConfigError
+from vera_fx.folding.for_good import merge_for_good
+from vera_fx.folding.merging import unmerge
 from vera_fx.graphs.around import prepare
 from vera_fx.graphs.parts import restore_parts
 from vera_fx.graphs.runtime import require_adapted, runtime_of
-from vera_fx.model import mergeable, merging
 from vera_fx.model.containers import place_bank, remove_bank
-from vera_fx.model.dense import make_dense
 from vera_fx.model.model_class import extend, is_adapted, restore_class
 from vera_fx.products.kinds import allow_packing, keep_gradients
 
@@ -226,27 +226,11 @@ def unload(model: M, *, merge: bool = False, safe: bool = True) -> M:
     """
     require_adapted(model)
     if merge:
-        _merge_for_good(model, safe=safe)
+        merge_for_good(model, safe=safe)
     else:
-        merging.unmerge(model)
+        unmerge(model)
     _detach(model, bank_of(model))
     return model
-
-
-def _merge_for_good(model: nn.Module, *, safe: bool) -> None:
-    bank = bank_of(model)
-    merging.check_enabled(bank)
-    todo = [name for name in bank.active if name not in bank.merged]
-    if any(not target.product.layout for target in bank.structure.targets.values()):
-        # Nothing is rounded a second time.
-        todo = [*bank.merged, *todo]
-        merging.unmerge(model)
-        make_dense(model, bank)
-    mergeable.check_mergeable(model, bank, todo, safe=safe)
-    mergeable.check_compatible(bank, [*bank.merged, *todo], "be merged")
-    mergeable.untie(model, todo)
-    if todo:
-        merging.merge(model, todo, safe=False)
 
 
 def _detach(model: nn.Module, bank: AdapterBank) -> None:

@@ -16,10 +16,10 @@ from vera_fx.bank.names import check_known, check_name
 from vera_fx.base.targets import resolve_targets
 from vera_fx.config import AdapterConfig
 from vera_fx.errors import AdapterError, listing
+from vera_fx.folding.mergeable import check_compatible
+from vera_fx.folding.merging import resume, suspend, unmerge
 from vera_fx.graphs.runtime import require_adapted
 from vera_fx.model.adapt import checked_config
-from vera_fx.model.mergeable import check_compatible
-from vera_fx.model.merging import resume, suspend, unmerge
 
 
 @renamed(name="adapter_name")

@@ -1,5 +1,6 @@
 """What the library does to bitsandbytes' layers beyond calling them."""
 
+import importlib
 from typing import Any
 
 from torch import Tensor, nn
@@ -7,11 +8,16 @@ from torch import Tensor, nn
 _PACKS = "support_avx512bf16_for_cpu"
 
 
+def _library(room: str) -> Any:
+    """A module of bitsandbytes, which is there if a layer of it is."""
+    return importlib.import_module(f"bitsandbytes.{room}")
+
+
 def keep_gradients(module: nn.Module) -> bool:
     """Keep a 4-bit layer on a CPU with AVX512-BF16 from packing its weight; True if it would have.
 
     One call without gradients packs it for a product that passes no gradient on, silently. What is
-    packed already is unpacked.
+    packed already is unpacked, but the packing has rounded the scales of its blocks to bfloat16.
     """
     layer: Any = module
     if not getattr(layer, _PACKS, False):
@@ -19,11 +25,12 @@ def keep_gradients(module: nn.Module) -> bool:
     setattr(layer, _PACKS, False)
     state = getattr(layer.weight, "quant_state", None)
     if getattr(state, "packing_format_for_cpu", False):
-        from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
-
-        layer.weight.data, layer.weight.quant_state = _convert_weight_packed_for_cpu_inverse(
-            layer.weight.data, state
-        )
+        # Private in bitsandbytes 0.50, and the library's own way before it saves a weight.
+        unpack: Any = _library("functional")._convert_weight_packed_for_cpu_inverse
+        layer.weight.data, state = unpack(layer.weight.data, state)
+        if not state.nested:
+            state.absmax = state.absmax.float()  # left in the compute dtype, which no kernel takes
+        layer.weight.quant_state = layer.quant_state = state
     return True
 
 
@@ -34,11 +41,9 @@ def allow_packing(module: nn.Module) -> None:
 
 def requantise_8bit(module: nn.Module, dense: Tensor) -> None:
     """Write a matrix, quantised row by row (LLM.int8(), arXiv 2208.07339)."""
-    from bitsandbytes.nn import Int8Params
-
     layer: Any = module
     old = layer.weight
-    new: Any = Int8Params(
+    new = _library("nn").Int8Params(
         dense.to("cpu"), requires_grad=False, has_fp16_weights=old.has_fp16_weights
     )
     layer.weight = new.to(old.device)
@@ -47,13 +52,13 @@ def requantise_8bit(module: nn.Module, dense: Tensor) -> None:
 
 def requantise_4bit(module: nn.Module, dense: Tensor) -> None:
     """Write a matrix, quantised in the layer's type, block by block (QLoRA, arXiv 2305.14314)."""
-    from bitsandbytes.nn import Params4bit
-
     layer: Any = module
     old = layer.weight
     facts = ("quant_type", "blocksize", "compress_statistics", "quant_storage")
     same = {name: getattr(old, name) for name in facts}
-    new: Any = Params4bit(dense.to("cpu").contiguous(), requires_grad=False, module=layer, **same)
+    new = _library("nn").Params4bit(
+        dense.to("cpu").contiguous(), requires_grad=False, module=layer, **same
+    )
     layer.weight = new.to(old.device)
 
 

@@ -12,6 +12,7 @@ from vera_fx.products.backends import backend_of, describe
 from vera_fx.products.opaque import (
     Features,
     answer,
+    compute_dtype,
     dense_weight,
     features_of,
     is_opaque,
@@ -51,8 +52,8 @@ class Called:
     def _ask(self, module: nn.Module) -> None:
         """One row through the module; its answer must have the width that it says."""
         inside, outside = cast("Features", features_of(module))
-        dtype, device = place_of_module(module)
-        shape = tuple(answer(module, torch.ones(1, inside, dtype=dtype, device=device)).shape)
+        rows = torch.ones(1, inside, dtype=compute_dtype(module), device=self.place(module)[1])
+        shape = tuple(answer(module, rows).shape)
         if shape != (1, outside):
             raise ValueError(
                 f"it gave {shape} for (1, {inside}), where (1, {outside}) was expected"

@@ -80,20 +80,37 @@ def tensors_of(module: nn.Module) -> Iterator[Tensor]:
 
 
 def place_of_module(module: nn.Module) -> tuple[torch.dtype, torch.device]:
-    """By PEFT's rule: its compute dtype, or its weight's if that computes; and where it is.
+    """The dtype that new vectors are rounded through, and where the module is.
 
-    Where neither says a dtype, that of the first of its tensors that computes (GPTQ's scales), or
-    float32.
+    PEFT's rule (``BaseTunerLayer._get_base_layer_device_and_dtype``): the module's ``compute_dtype``, or
+    its weight's if that computes; nothing is rounded where it has no ``weight`` or ``qweight`` (HQQ).
     """
-    own = list(tensors_of(module))
-    weight = module._parameters.get("weight", module._buffers.get("weight"))
+    held = [getattr(module, name, None) for name in ("weight", "qweight")]
+    weight = next((tensor for tensor in held if isinstance(tensor, Tensor)), None)
+    known = registered_product(module)
+    if weight is None and known is None:
+        return torch.float32, _device(module)
+    asked = _asked(module)
+    dtypes = [asked] if asked is not None else [] if weight is None else [weight.dtype]
+    return next((dtype for dtype in dtypes if dtype in PLAIN), torch.float32), _device(module)
+
+
+def compute_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype that the module can be asked in: what it says, else that of its first tensor that computes."""
+    asked = _asked(module)
+    dtypes = [tensor.dtype for tensor in tensors_of(module)]
+    return next((d for d in (asked, *dtypes) if d in PLAIN), torch.float32)
+
+
+def _asked(module: nn.Module) -> torch.dtype | None:
     known = registered_product(module)
     asked = getattr(module, (known and known.dtype) or "compute_dtype", None)
-    held = [tensor.dtype for tensor in ([weight] if weight is not None else own)]
-    dtypes = [asked, *held] if isinstance(asked, torch.dtype) else held
-    dtype = next((dtype for dtype in dtypes if dtype in PLAIN), torch.float32)
-    device = own[0].device if own else torch.device("cpu")
-    return dtype, device
+    return asked if isinstance(asked, torch.dtype) else None
+
+
+def _device(module: nn.Module) -> torch.device:
+    first = next(tensors_of(module), None)
+    return torch.device("cpu") if first is None else first.device
 
 
 def answer(module: nn.Module, rows: Tensor) -> Tensor:
@@ -122,8 +139,8 @@ def dense_weight(module: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
         module: an opaque module.
         dtype: of the rows that it is asked with; None for the one that it computes in.
     """
-    own, device = place_of_module(module)
     inside = cast("Features", features_of(module))[0]
-    found = answer(module, torch.eye(inside, dtype=dtype or own, device=device)).detach()
+    units = torch.eye(inside, dtype=dtype or compute_dtype(module), device=_device(module))
+    found = answer(module, units).detach()
     bias = getattr(module, "bias", None)
     return (found if bias is None else found - bias.detach().to(found.dtype)).T.contiguous()

@@ -11,8 +11,7 @@ from vera_fx.bank.bank import AdapterBank
 from vera_fx.bank.build import attribute_of
 from vera_fx.bank.names import check_known
 from vera_fx.errors import AdapterError
-from vera_fx.graphs.runtime import require_adapted
-from vera_fx.model.mergeable import (
+from vera_fx.folding.mergeable import (
     Change,
     changed,
     check_compatible,
@@ -22,7 +21,8 @@ from vera_fx.model.mergeable import (
     check_together,
     deltas,
 )
-from vera_fx.model.requantising import check_coarse, is_called, put_back, rewrite, tell_loss
+from vera_fx.folding.requantising import check_coarse, is_called, put_back, rewrite, tell_loss
+from vera_fx.graphs.runtime import require_adapted
 
 
 @renamed(names="adapter_names")

@@ -9,7 +9,7 @@ from torch import nn
 from vera_fx.bank.adapter import Folded
 from vera_fx.bank.bank import AdapterBank
 from vera_fx.errors import AdapterError, RequantisedWarning
-from vera_fx.model.mergeable import Change, deltas
+from vera_fx.folding.mergeable import Change, deltas
 from vera_fx.products.kinds import rewritable, weight_of
 
 

@@ -1,0 +1,1 @@
+"""Adapters in the base's weights: folded in, told what that costs, taken out again; plain modules for good."""
