@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.fx import Graph
 
 from vera_fx._context import holding, now
+from vera_fx._torch import outside_modes
 from vera_fx.base.modules import original_class
 from vera_fx.errors import CaptureError
 from vera_fx.passes import call_module
@@ -67,10 +68,15 @@ def _answered(module: nn.Module, x: Tensor) -> torch.dtype:
         result = answer(module, torch.ones(1, x.shape[-1], dtype=x.dtype, device=own.device))
         known.dtypes[key] = result.dtype
         if not result.requires_grad:
-            weight = module._parameters.get("weight")
-            held = "" if weight is None else f" over {type(weight.data).__name__}"
-            known.blocking.add(f"{type(module).__name__}{held}")
+            known.blocking.add(_made(module))
     return known.dtypes[key]
+
+
+def _made(module: nn.Module) -> str:
+    weight = module._parameters.get("weight")
+    with outside_modes():  # a tensor that is looked at in a trace is a constant of the graph
+        held = "" if weight is None else f" over {type(weight.data).__name__}"
+    return f"{type(module).__name__}{held}"
 
 
 @dataclass(slots=True)
