@@ -2,7 +2,9 @@
 
 import inspect
 import re
+import threading
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,6 +88,19 @@ def _new(function: str, old: str) -> str:
     assert old not in given
     (new,) = {"adapter_name", "adapter_names"} & given.keys()
     return new
+
+
+def test_a_store_has_the_same_words() -> None:
+    store = vera_fx.AdapterStore
+    for name in ("load", "drop", "add", "delete"):
+        assert "adapter_name" in inspect.signature(getattr(store, name)).parameters
+    for name in ("take", "pinned"):
+        assert "adapter_names" in inspect.signature(getattr(store, name)).parameters
+    folder = object.__new__(store)
+    folder._lock, folder._loaded = threading.Lock(), OrderedDict(other=1)
+    with pytest.warns(DeprecationWarning, match=r"drop\(name=...\) is called adapter_name now"):
+        folder.drop(name="other")
+    assert not folder._loaded
 
 
 def test_both_names_at_once_are_refused() -> None:

@@ -63,7 +63,7 @@ def expected(model: nn.Module) -> Tensor:
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_registered_layer_is_a_target(compiled: bool, fresh_dynamo: Any) -> None:
-    names = {"in_features": "wide", "out_features": "tall", "name": "fused"}
+    names = {"in_features": "wide", "out_features": "tall", "label": "fused"}
     with vera_fx.register_base_product(FusedLinear, **names):
         model = vera_fx.adapt(Net(), CONFIG)
         fill_vectors(model)

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from vera_fx._renamed import renamed
 from vera_fx.bank.names import check_name
 from vera_fx.bank.packed import Packed
 from vera_fx.checkpoint.packing import Packer
@@ -51,11 +52,9 @@ class AdapterStore:
 
     ``model(..., adapter_names=[...])`` and ``generate`` find every name that is no adapter of the
     bank here. An adapter is read from disk when it is first named and stays in memory until `capacity`
-    others have been used since. It is plain data: neither loading nor dropping it changes the model,
-    the bank or a graph, so nothing is captured or compiled again.
-
-    The bank's own adapters say what a stored one may be: its projections, targets and trained
-    copies must be among theirs. One adapter of each kind, loaded by `vera_fx.load_adapter`, is enough.
+    others have been used since. It is plain data: nothing is captured or compiled for it. Its projections,
+    targets and trained copies must be among those of the bank's own adapters: one of each kind, loaded
+    by `vera_fx.load_adapter`, is enough.
 
     Every method may be called from any thread while the model serves. One lock guards the table of
     what is in memory and is never held while a file is read; a running batch keeps the tensors that
@@ -125,38 +124,42 @@ class AdapterStore:
         with self._lock:
             return sum(packed.bytes for packed in self._loaded.values())
 
-    def load(self, name: str) -> None:
+    @renamed(name="adapter_name")
+    def load(self, adapter_name: str) -> None:
         """Read an adapter into memory ahead of its first use.
 
         Raises:
             AdapterError: there is no such adapter, or it was deleted in the meantime.
             CheckpointError: its files are damaged or do not fit the bank. Others are not affected.
         """
-        self.take([name])
+        self.take([adapter_name])
 
-    def drop(self, name: str) -> None:
+    @renamed(name="adapter_name")
+    def drop(self, adapter_name: str) -> None:
         """Forget an adapter in memory, so that its next use reads the files again."""
         with self._lock:
-            self._loaded.pop(name, None)
+            self._loaded.pop(adapter_name, None)
 
-    def take(self, names: Sequence[str]) -> Mapping[str, Packed]:
+    @renamed(names="adapter_names")
+    def take(self, adapter_names: Sequence[str]) -> Mapping[str, Packed]:
         """The adapters of those names, loaded where they are not in memory.
 
         Raises:
             AdapterError: more names than the capacity, or an unknown one.
             CheckpointError: files that are damaged or do not fit the bank.
         """
-        with self.pinned(names):
-            return {name: self._get(name) for name in names}
+        with self.pinned(adapter_names):
+            return {name: self._get(name) for name in adapter_names}
 
+    @renamed(names="adapter_names")
     @contextlib.contextmanager
-    def pinned(self, names: Iterable[str]) -> Iterator[None]:
+    def pinned(self, adapter_names: Iterable[str]) -> Iterator[None]:
         """Inside the block none of the names is dropped from memory to make room for others.
 
         Raises:
             AdapterError: there are more names than the capacity.
         """
-        names = set(names)
+        names = set(adapter_names)
         if len(names) > self.capacity:
             raise AdapterError(
                 f"a batch asked for {len(names)} different adapters of a store that keeps "
@@ -171,7 +174,8 @@ class AdapterStore:
                 self._pins -= Counter(names)
                 self._make_room()
 
-    def add(self, name: str, source: str | os.PathLike[str]) -> None:
+    @renamed(name="adapter_name")
+    def add(self, adapter_name: str, source: str | os.PathLike[str]) -> None:
         """Take a copy of a saved adapter into the folder, after it has been read and checked.
 
         Raises:
@@ -179,37 +183,38 @@ class AdapterStore:
             CheckpointError: the files are missing, damaged or do not fit, or cannot be written.
                 The folder is what it was before.
         """
-        self._check_free(name)
+        self._check_free(adapter_name)
         try:
             with aside(self.folder, "adding") as temporary:
                 copies = copy_saved(path_of(source), temporary)
-                self._read(name, temporary)
+                self._read(adapter_name, temporary)
                 for path in copies:
                     flush(path)
                 with self._lock:
-                    self._check_free(name)
-                    temporary.rename(self.folder / name)
+                    self._check_free(adapter_name)
+                    temporary.rename(self.folder / adapter_name)
                 flush_folder(self.folder)
         except OSError as error:
-            raise CheckpointError(f"adapter {name!r} could not be added: {error}") from error
+            raise CheckpointError(f"{adapter_name!r} could not be added: {error}") from error
 
-    def delete(self, name: str) -> None:
+    @renamed(name="adapter_name")
+    def delete(self, adapter_name: str) -> None:
         """Delete an adapter from memory and disk. Batches that run with it end well.
 
         Raises:
             AdapterError: there is no such adapter, or its files cannot be deleted.
         """
-        path = self._path(name)
+        path = self._path(adapter_name)
         with self._lock:
             try:
                 gone = put_away(path)
             except FileNotFoundError:
-                raise self._unknown(name) from None
+                raise self._unknown(adapter_name) from None
             except OSError as error:
-                raise AdapterError(f"adapter {name!r} cannot be deleted: {error}") from error
-            self._loaded.pop(name, None)
-            if name in self._readings:
-                self._readings.pop(name).over = True
+                raise AdapterError(f"{adapter_name!r} cannot be deleted: {error}") from error
+            self._loaded.pop(adapter_name, None)
+            if adapter_name in self._readings:
+                self._readings.pop(adapter_name).over = True
         remove(gone)
 
     def _check_free(self, name: str) -> None:

@@ -13,7 +13,7 @@ def register_base_product(
     in_features: str = "in_features",
     out_features: str = "out_features",
     compute_dtype: str | None = None,
-    name: str | None = None,
+    label: str | None = None,
 ) -> Registration:
     """Let modules of a class be targets: one tensor ``(*L, in)`` in, one ``(*L, out)`` out.
 
@@ -26,7 +26,7 @@ def register_base_product(
         in_features: the attribute that holds the width of the input.
         out_features: likewise of the output.
         compute_dtype: the attribute that holds the dtype that it computes in; else its weight's.
-        name: what reports call it; None for the name of the class.
+        label: what reports call it; None for the name of the class.
 
     Returns:
         What ends it: ``with register_base_product(...)``, or ``.remove()``.
@@ -38,5 +38,5 @@ def register_base_product(
         raise ConfigError(f"register_base_product takes a class of torch.nn.Module, got {cls!r}")
     if cls in (nn.Module, nn.Linear):
         raise ConfigError(f"register_base_product takes a class of your own, not {cls.__name__}")
-    product = RegisteredProduct(name or cls.__name__, (in_features, out_features), compute_dtype)
+    product = RegisteredProduct(label or cls.__name__, (in_features, out_features), compute_dtype)
     return Registration(PRODUCTS, cls, product)
