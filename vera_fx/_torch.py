@@ -15,6 +15,7 @@ from torch._dynamo.guards import GuardManagerType
 from torch.export.pt2_archive._package import load_pt2
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 
@@ -216,6 +217,19 @@ def _has_autocast(kind: str) -> bool:
     except (RuntimeError, ValueError):
         return False
     return True
+
+
+@skip_frame
+def active_ddp() -> DistributedDataParallel | None:
+    """The ``DistributedDataParallel`` whose forward runs now."""
+    return cast("Any", DistributedDataParallel)._get_active_ddp_module()
+
+
+def reduced_by(ddp: DistributedDataParallel) -> frozenset[int]:
+    """Identities of the parameters whose gradients it reduces: those that trained when it was made."""
+    buckets = ddp.reducer._get_zeros_like_grad_buckets()
+    delayed: Any = ddp.__dict__.get("_delay_all_reduce_params", [])
+    return frozenset(map(id, [*delayed, *(p for b in buckets for p in b.parameters())]))
 
 
 def wants_cuda_graphs() -> bool:

@@ -25,6 +25,7 @@ from vera_fx.checkpoint.state_dict import owned_tensors
 from vera_fx.checkpoint.weights_file import KEY_PREFIX
 from vera_fx.errors import CheckpointError, ConfigError, shown
 from vera_fx.graphs.runtime import require_adapted
+from vera_fx.graphs.wrapped import unwrapped
 from vera_fx.products.kinds import is_flipped
 
 ERRORS = "vera_fx.rank_errors"
@@ -57,6 +58,7 @@ def to_lora(
         AdapterError: the model is not adapted, there is no such adapter, or several are active.
         CheckpointError: the folder cannot be written to. Files that were there are untouched.
     """
+    model = unwrapped(model)
     bank = require_adapted(model)
     name = one_adapter(bank.adapters, bank.active, adapter_name)
     chosen = bank.adapter(name)
@@ -95,6 +97,7 @@ def lora_errors(model: nn.Module, rank: int, adapter_name: str | None = None) ->
         AdapterError: the model is not adapted, there is no such adapter, or several are active.
         ConfigError: ``rank`` is not between 1 and the adapter's.
     """
+    model = unwrapped(model)
     bank = require_adapted(model)
     chosen = bank.adapter(one_adapter(bank.adapters, bank.active, adapter_name))
     check_rank(rank, chosen.config.r)

@@ -27,6 +27,7 @@ from vera_fx.checkpoint.weights_file import HASH, WEIGHTS_FILE, projections_hash
 from vera_fx.errors import AdapterError, CheckpointError, VeraFxError
 from vera_fx.files import aside, flush, folds_case, make_folder, put, sha256, writing
 from vera_fx.graphs.runtime import require_adapted
+from vera_fx.graphs.wrapped import unwrapped
 from vera_fx.safetensors_file import SHA256, digest
 
 DEFAULT = "default"
@@ -61,6 +62,7 @@ def save_adapter(
         CheckpointError: the adapter has no values yet, or the folder cannot be written to.
         ConfigError: embeddings are asked for and the model has none.
     """
+    model = unwrapped(model)
     bank = require_adapted(model)
     check_known(adapter_name, bank.adapters)
     tensors = _contents(model, bank, adapter_name, save_embedding_layers)
@@ -94,6 +96,7 @@ def save_adapters(
             written then.
         CheckpointError: as for `save_adapter`, from the first adapter that cannot be saved.
     """
+    model = unwrapped(model)
     bank = require_adapted(model)
     chosen = list(bank.adapters if adapter_names is None else dict.fromkeys(adapter_names))
     if isinstance(adapter_names, str) or not chosen:

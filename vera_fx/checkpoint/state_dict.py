@@ -29,6 +29,7 @@ from vera_fx.checkpoint.weights_file import (
 from vera_fx.config import AdapterConfig
 from vera_fx.errors import AdapterError, CheckpointError, TargetError, first_line, shown
 from vera_fx.graphs.runtime import require_adapted
+from vera_fx.graphs.wrapped import unwrapped
 from vera_fx.safetensors_file import unique
 
 
@@ -43,6 +44,7 @@ def adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[
     Raises:
         AdapterError: the model is not adapted, or there is no such adapter.
     """
+    model = unwrapped(model)
     bank = require_adapted(model)
     check_known(adapter_name, bank.adapters)
     adapter = bank.adapter(adapter_name)
@@ -111,6 +113,7 @@ def load_adapter_state_dict(
 
 
 def _bank_to_load_into(model: nn.Module, adapter_name: str) -> AdapterBank:
+    model = unwrapped(model)
     bank = require_adapted(model)
     check_known(adapter_name, bank.adapters)
     if adapter_name in bank.merged:

@@ -18,6 +18,7 @@ from vera_fx.checkpoint.saved import copy_saved, is_saved, path_of
 from vera_fx.errors import AdapterError, CheckpointError, VeraFxError, first_line, listing, nearest
 from vera_fx.files import aside, flush, flush_folder, identity, make_folder, put_away, remove, sweep
 from vera_fx.graphs.runtime import require_adapted
+from vera_fx.graphs.wrapped import unwrapped
 from vera_fx.mixing.check import STORE
 
 
@@ -76,6 +77,7 @@ class AdapterStore:
             AdapterError: the model is not adapted, or the capacity is no positive number.
             CheckpointError: the folder cannot be made.
         """
+        model = unwrapped(model)
         self._bank = require_adapted(model)
         if not isinstance(capacity, int) or isinstance(capacity, bool) or capacity < 1:
             raise AdapterError(f"capacity must be a positive whole number, got {capacity!r}")

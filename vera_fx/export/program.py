@@ -24,6 +24,7 @@ from vera_fx.export.rows import RowProgramModule, row_arguments
 from vera_fx.export.vectors import describe_program
 from vera_fx.graphs.around import prepare
 from vera_fx.graphs.runtime import require_adapted, runtime_of
+from vera_fx.graphs.wrapped import unwrapped
 from vera_fx.mixing.rows_of_call import row_count
 from vera_fx.passes import GraphPass
 from vera_fx.pipelines import run_pipeline
@@ -80,6 +81,7 @@ def export_call(
     passes: Sequence[GraphPass] = (),
 ) -> ExportedProgram:
     """`export_program`, with further passes over the graph that is exported."""
+    model = unwrapped(model)
     bank = require_adapted(model)
     if form not in FORMS:
         raise ExportError(

@@ -17,6 +17,7 @@ from vera_fx.capturing.export_call import Capture
 from vera_fx.capturing.returned_objects import restore
 from vera_fx.capturing.signature import Call
 from vera_fx.errors import AdapterError, CaptureError
+from vera_fx.graphs.processes import check_reduced
 from vera_fx.graphs.runtime import Runtime, runtime_of
 from vera_fx.mixing.check import mix_of
 from vera_fx.mixing.kept_mix import mix_again
@@ -74,6 +75,7 @@ def prepare(
         return None
     mix = _mix_for(model, call, names)
     ready, switches = runtime.ready(model, call, mix)
+    check_reduced(model, runtime.reduced)
     if mix is not None and ready is not None:
         if ready.refused:
             mix.check(ready.refused)

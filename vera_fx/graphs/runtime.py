@@ -21,6 +21,7 @@ from vera_fx.graphs.choose_graph import adapted, mixed
 from vera_fx.graphs.kept import Kept, Ready
 from vera_fx.graphs.machine import surroundings
 from vera_fx.graphs.parts import Parts, split
+from vera_fx.graphs.processes import Reduced
 from vera_fx.mixing.mixer import Mix
 from vera_fx.products.kinds import place_of
 
@@ -39,6 +40,7 @@ class Runtime:
         kept: its captures, and the graphs of known calls.
         entries: runtimes for calls of parts of the model, by path.
         parts: what of the model runs in Python; the same for all entries.
+        reduced: which parameters a wrapper around the model reduces; the same for all entries.
     """
 
     def __init__(self, model: nn.Module, entry: str = "", whole: "Runtime | None" = None) -> None:
@@ -48,6 +50,7 @@ class Runtime:
         self._forward = _entry_forward(model, entry)[1]
         self._entry, self.parts = entry, whole.parts if whole else Parts()
         self.watch = whole.watch if whole else StateWatch(_modules_of(model), EagerHook)
+        self.reduced = whole.reduced if whole else Reduced()
         self.entries: dict[str, Runtime] = {}
         self.kept = Kept()
         self._followed = _NONE
@@ -232,10 +235,8 @@ def require_adapted(model: nn.Module) -> AdapterBank:
             "calls it; give the adapted model itself, whose report names its parts"
         )
     if not is_extended(model, ADAPTED):
-        hint = "you passed the compiled wrapper; pass the model that was given to torch.compile"
         raise AdapterError(
-            f"this {type(model).__name__} is not adapted; "
-            + (hint if hasattr(model, "_orig_mod") else "call vera_fx.adapt(model, config) first")
+            f"this {type(model).__name__} is not adapted; call vera_fx.adapt(model, config) first"
         )
     return bank_of(model)
 

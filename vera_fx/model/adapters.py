@@ -17,6 +17,7 @@ from vera_fx.base.targets import resolve_targets
 from vera_fx.config import AdapterConfig
 from vera_fx.errors import AdapterError, listing
 from vera_fx.graphs.runtime import require_adapted
+from vera_fx.graphs.wrapped import unwrapped
 from vera_fx.model.adapt import checked_config
 from vera_fx.model.mergeable import check_compatible
 from vera_fx.model.merging import resume, suspend, unmerge
@@ -43,6 +44,7 @@ def add_adapter(
             adapter would start from copies of base modules while others are merged into the base.
         TargetError: the targets do not fit the model.
     """
+    model = unwrapped(model)
     bank = require_adapted(model)
     with bank.slots.lock:
         check_name(adapter_name, bank.adapters)
@@ -79,6 +81,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     Raises:
         AdapterError: there is no such adapter, or it is merged.
     """
+    model = unwrapped(model)
     bank = require_adapted(model)
     with bank.slots.lock:
         check_known(adapter_name, bank.adapters)
@@ -105,6 +108,7 @@ def set_adapter(model: nn.Module, adapter_names: str | Sequence[str]) -> None:
     Raises:
         AdapterError: an unknown name, or two adapters that each bring their own copy of one module.
     """
+    model = unwrapped(model)
     bank = require_adapted(model)
     wanted = (
         (adapter_names,) if isinstance(adapter_names, str) else tuple(dict.fromkeys(adapter_names))
@@ -139,6 +143,7 @@ def set_trainable(
     Raises:
         AdapterError: an unknown name; nothing is changed then.
     """
+    model = unwrapped(model)
     bank = require_adapted(model)
     chosen = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
     with bank.slots.lock:
@@ -153,13 +158,14 @@ def set_trainable(
 
 def active_adapters(model: nn.Module) -> list[str]:
     """Names of the active adapters; empty inside `disable_adapters`."""
+    model = unwrapped(model)
     bank = require_adapted(model)
     return list(bank.active) if bank.enabled else []
 
 
 def adapter_names(model: nn.Module) -> list[str]:
     """Names of all adapters, in the order they were added."""
-    return list(require_adapted(model).adapters)
+    return list(require_adapted(unwrapped(model)).adapters)
 
 
 @contextlib.contextmanager
@@ -170,6 +176,7 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     copies require no gradients inside. Merged adapters are taken out of the weights for the block and
     merged again after it; inside, adapters may be set, added and deleted, but not merged.
     """
+    model = unwrapped(model)
     bank = require_adapted(model)
     _disable(model, bank)
     try:

@@ -12,6 +12,7 @@ from vera_fx.bank.build import attribute_of
 from vera_fx.bank.names import check_known
 from vera_fx.errors import AdapterError
 from vera_fx.graphs.runtime import require_adapted
+from vera_fx.graphs.wrapped import unwrapped
 from vera_fx.model.mergeable import (
     Change,
     changed,
@@ -55,6 +56,7 @@ def merge(
     Warns:
         RequantisedWarning: weights were quantised again, with how much of the change that lost.
     """
+    model = unwrapped(model)
     bank = require_adapted(model)
     with bank.slots.lock:
         check_enabled(bank)
@@ -87,6 +89,7 @@ def unmerge(model: nn.Module) -> None:
     Raises:
         AdapterError: the model is not adapted.
     """
+    model = unwrapped(model)
     bank = require_adapted(model)
     with bank.slots.lock:
         if bank.enabled:  # otherwise they are out already

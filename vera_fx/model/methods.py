@@ -5,10 +5,11 @@ from typing import Any
 
 from torch import nn
 
+from vera_fx.model.broadcast import broadcast_methods
 from vera_fx.model.generation import generation_methods
 
 Maker = Callable[[type[nn.Module]], dict[str, Any]]
-_MAKERS: list[Maker] = [generation_methods]
+_MAKERS: list[Maker] = [generation_methods, broadcast_methods]
 
 
 def also(maker: Maker) -> None:
