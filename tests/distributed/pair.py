@@ -13,7 +13,7 @@ import socket
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -77,10 +77,17 @@ class Pair:
                 return f"rank {sorted(waiting)} did not end within {SECONDS:.0f} seconds"
             for rank in [rank for rank, pipe in waiting.items() if pipe in ready]:
                 problem = self._answer(rank)
-                if problem is not None:
-                    return f"in rank {rank}: {problem}"
                 del waiting[rank]
+                if problem is not None:
+                    return "\n".join([f"in rank {rank}: {problem}", *self._others(waiting)])
         return None
+
+    def _others(self, waiting: dict[int, Connection]) -> Iterator[str]:
+        """What is wrong with the other ranks, which may be the cause of it, if that shows soon."""
+        for rank, pipe in waiting.items():
+            problem = self._answer(rank) if pipe.poll(2.0) else None
+            if problem is not None:
+                yield f"in rank {rank}: {problem}"
 
     def _answer(self, rank: int) -> str | None:
         try:

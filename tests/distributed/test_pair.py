@@ -38,14 +38,14 @@ def _hangs_on_one() -> None:
 
 
 def test_a_wrong_rank_is_a_failure() -> None:
-    with pytest.raises(AssertionError, match="in rank 1: .*the other one is wrong"):
+    with pytest.raises(AssertionError, match=r"in rank 1: (?s:.*)the other one is wrong"):
         _fails_on_one()
     test_two_processes_talk()
 
 
 def test_a_crash_is_a_failure() -> None:
     with pytest.raises(
-        AssertionError, match="rank 1: the process died with exit code -11|in rank 0"
+        AssertionError, match="in rank 1: the process died with exit code -11"
     ):
         _dies_on_one()
     test_two_processes_talk()
