@@ -120,6 +120,21 @@ def remembered_run(part: nn.Module) -> Run | None:
     return None if again is None else again()
 
 
+Entry = Callable[[nn.Module, type[nn.Module], tuple[tuple[Any, ...], dict[str, Any]]], Any]
+_entries: "weakref.WeakKeyDictionary[nn.Module, Entry]" = weakref.WeakKeyDictionary()
+
+
+def remember_entry(part: nn.Module, start: Entry) -> None:
+    """Let calls of ``part`` that are in no run go to ``start``, with the class and the arguments."""
+    _entries[part] = start
+
+
+@skip_frame
+def entry_at(part: nn.Module) -> Entry | None:
+    """What calls of ``part`` go to that are in no run; None if it is no entry."""
+    return _entries.get(part)
+
+
 def modules_inside() -> list[str]:
     """Paths of the adapted modules whose own forward runs now in this thread, outermost first."""
     if not hasattr(_thread, "inside"):

@@ -44,9 +44,7 @@ def test_a_wrong_rank_is_a_failure() -> None:
 
 
 def test_a_crash_is_a_failure() -> None:
-    with pytest.raises(
-        AssertionError, match="in rank 1: the process died with exit code -11"
-    ):
+    with pytest.raises(AssertionError, match="in rank 1: the process died with exit code -11"):
         _dies_on_one()
     test_two_processes_talk()
 

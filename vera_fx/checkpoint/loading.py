@@ -32,9 +32,9 @@ from vera_fx.checkpoint.weights_file import (
     take_shared,
 )
 from vera_fx.errors import CheckpointError
-from vera_fx.graphs.wrapped import unwrapped
 from vera_fx.model.adapt import adapt_with, check_adaptable
 from vera_fx.model.model_class import is_adapted
+from vera_fx.processes.wrapped import unwrapped
 
 M = TypeVar("M", bound=nn.Module)
 

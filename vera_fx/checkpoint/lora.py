@@ -25,7 +25,7 @@ from vera_fx.checkpoint.state_dict import owned_tensors
 from vera_fx.checkpoint.weights_file import KEY_PREFIX
 from vera_fx.errors import CheckpointError, ConfigError, shown
 from vera_fx.graphs.runtime import require_adapted
-from vera_fx.graphs.wrapped import unwrapped
+from vera_fx.processes.wrapped import unwrapped
 from vera_fx.products.kinds import is_flipped
 
 ERRORS = "vera_fx.rank_errors"

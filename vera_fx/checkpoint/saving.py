@@ -27,7 +27,7 @@ from vera_fx.checkpoint.weights_file import HASH, WEIGHTS_FILE, projections_hash
 from vera_fx.errors import AdapterError, CheckpointError, VeraFxError
 from vera_fx.files import aside, flush, folds_case, make_folder, put, sha256, writing
 from vera_fx.graphs.runtime import require_adapted
-from vera_fx.graphs.wrapped import unwrapped
+from vera_fx.processes.wrapped import unwrapped
 from vera_fx.safetensors_file import SHA256, digest
 
 DEFAULT = "default"
@@ -96,8 +96,7 @@ def save_adapters(
             written then.
         CheckpointError: as for `save_adapter`, from the first adapter that cannot be saved.
     """
-    model = unwrapped(model)
-    bank = require_adapted(model)
+    bank = require_adapted(model := unwrapped(model))
     chosen = list(bank.adapters if adapter_names is None else dict.fromkeys(adapter_names))
     if isinstance(adapter_names, str) or not chosen:
         raise AdapterError(

@@ -24,10 +24,10 @@ from vera_fx.export.rows import RowProgramModule, row_arguments
 from vera_fx.export.vectors import describe_program
 from vera_fx.graphs.around import prepare
 from vera_fx.graphs.runtime import require_adapted, runtime_of
-from vera_fx.graphs.wrapped import unwrapped
 from vera_fx.mixing.rows_of_call import row_count
 from vera_fx.passes import GraphPass
 from vera_fx.pipelines import run_pipeline
+from vera_fx.processes.wrapped import unwrapped
 
 
 @renamed(adapter="adapter_name")

@@ -18,8 +18,8 @@ from vera_fx.errors import ExportError
 from vera_fx.export.files import constant_name, fit_vectors, manifest_of, target_entry
 from vera_fx.export.projections import describe, drawn_sizes
 from vera_fx.graphs.runtime import require_adapted
-from vera_fx.graphs.wrapped import unwrapped
 from vera_fx.mixing.check import BASE
+from vera_fx.processes.wrapped import unwrapped
 from vera_fx.products.kinds import place_of
 
 

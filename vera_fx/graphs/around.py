@@ -17,13 +17,13 @@ from vera_fx.capturing.export_call import Capture
 from vera_fx.capturing.returned_objects import restore
 from vera_fx.capturing.signature import Call
 from vera_fx.errors import AdapterError, CaptureError
-from vera_fx.graphs.processes import check_reduced
 from vera_fx.graphs.runtime import Runtime, runtime_of
 from vera_fx.mixing.check import mix_of
 from vera_fx.mixing.kept_mix import mix_again
 from vera_fx.mixing.kept_names import held_by
 from vera_fx.mixing.mixer import Mix
 from vera_fx.mixing.rows_of_call import row_names
+from vera_fx.processes.reduced import check_reduced
 
 
 @dataclass(slots=True)

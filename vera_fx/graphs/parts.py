@@ -15,6 +15,7 @@ from torch import nn
 from vera_fx._context import (
     class_made_of,
     current_run,
+    entry_at,
     is_capturing,
     remembered_run,
     traced_by_others,
@@ -71,9 +72,16 @@ def _forward_for(base: type[nn.Module]) -> Callable[..., Any]:
         if run is None and in_backward():
             # A checkpoint computes the part once more, and wants the tensors that its graph kept.
             run = remembered_run(self)
-        if run is None or is_capturing() or traced_by_others():
+        if is_capturing() or traced_by_others():
             return base.forward(self, *args, **kwargs)
-        return run.call(self, base, args, kwargs)
+        if run is not None:
+            return run.call(self, base, args, kwargs)
+        start = entry_at(self)
+        return (
+            base.forward(self, *args, **kwargs)
+            if start is None
+            else start(self, base, (args, kwargs))
+        )
 
     return forward
 

@@ -21,8 +21,8 @@ from vera_fx.graphs.choose_graph import adapted, mixed
 from vera_fx.graphs.kept import Kept, Ready
 from vera_fx.graphs.machine import surroundings
 from vera_fx.graphs.parts import Parts, split
-from vera_fx.graphs.processes import Reduced
 from vera_fx.mixing.mixer import Mix
+from vera_fx.processes.reduced import Reduced
 from vera_fx.products.kinds import place_of
 
 if TYPE_CHECKING:

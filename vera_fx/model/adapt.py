@@ -21,11 +21,12 @@ from vera_fx.errors import AdapterError, ConfigError
 from vera_fx.graphs.around import prepare
 from vera_fx.graphs.parts import restore_parts
 from vera_fx.graphs.runtime import require_adapted, runtime_of
-from vera_fx.graphs.wrapped import unwrapped
 from vera_fx.model import mergeable, merging
 from vera_fx.model.containers import place_bank, remove_bank
 from vera_fx.model.dense import make_dense
+from vera_fx.model.entries import make_entries
 from vera_fx.model.model_class import extend, is_adapted, restore_class
+from vera_fx.processes.wrapped import unwrapped
 from vera_fx.products.kinds import allow_packing, keep_gradients
 
 M = TypeVar("M", bound=nn.Module)
@@ -96,6 +97,7 @@ def adapt_with(
         allow_training(model)
         bank.unpacked = keep_gradients(model)
         extend(model)
+        make_entries(model)
     except BaseException:
         _detach(model, bank)
         raise

@@ -17,10 +17,10 @@ from vera_fx.base.targets import resolve_targets
 from vera_fx.config import AdapterConfig
 from vera_fx.errors import AdapterError, listing
 from vera_fx.graphs.runtime import require_adapted
-from vera_fx.graphs.wrapped import unwrapped
 from vera_fx.model.adapt import checked_config
 from vera_fx.model.mergeable import check_compatible
 from vera_fx.model.merging import resume, suspend, unmerge
+from vera_fx.processes.wrapped import unwrapped
 
 
 @renamed(name="adapter_name")

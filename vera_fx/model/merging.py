@@ -12,7 +12,6 @@ from vera_fx.bank.build import attribute_of
 from vera_fx.bank.names import check_known
 from vera_fx.errors import AdapterError
 from vera_fx.graphs.runtime import require_adapted
-from vera_fx.graphs.wrapped import unwrapped
 from vera_fx.model.mergeable import (
     Change,
     changed,
@@ -24,6 +23,7 @@ from vera_fx.model.mergeable import (
     deltas,
 )
 from vera_fx.model.requantising import check_coarse, is_called, put_back, rewrite, tell_loss
+from vera_fx.processes.wrapped import unwrapped
 
 
 @renamed(names="adapter_names")

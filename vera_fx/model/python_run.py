@@ -1,5 +1,6 @@
 """Runs the forward of a model that cannot be captured whole; its parts run their graphs."""
 
+import contextlib
 import functools
 import weakref
 from collections.abc import Callable
@@ -66,10 +67,14 @@ def run_in_python(
     before = current_run()
     try:
         set_run(PythonRun(model, compiler))
-        if not bank_of(model).computing():
-            return forward(model, *args, **kwargs)
-        with WeightWatch(model, bank_of(model)):
+        with watched(model):
             return forward(model, *args, **kwargs)
     finally:
         set_run(before)
         start_compiling(compiler)
+
+
+def watched(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """Inside the block tensors of the targets that compute may be used by their modules only."""
+    bank = bank_of(model)
+    return WeightWatch(model, bank) if bank.computing() else contextlib.nullcontext()

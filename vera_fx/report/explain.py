@@ -11,8 +11,8 @@ from vera_fx.bank.bank import AdapterBank
 from vera_fx.capturing.export_call import Capture
 from vera_fx.graphs.runtime import Runtime, require_adapted, runtime_of
 from vera_fx.graphs.variants import Variant
-from vera_fx.graphs.wrapped import unwrapped
 from vera_fx.passes import Action, PipelineReport, Skip, Target, Why
+from vera_fx.processes.wrapped import unwrapped
 from vera_fx.report.page import html_of
 from vera_fx.report.picture import svg_of
 
