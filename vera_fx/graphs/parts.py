@@ -86,11 +86,19 @@ def _forward_for(base: type[nn.Module]) -> Callable[..., Any]:
     return forward
 
 
-def split(model: nn.Module, parts: Parts, entry: str, reason: str, *, hooks: bool = False) -> None:
+def split(
+    model: nn.Module,
+    parts: Parts,
+    entry: str,
+    reason: str,
+    *,
+    hooks: bool = False,
+    quiet: bool = False,
+) -> None:
     """Note that the module at ``entry`` runs in Python, and make parts of what it calls.
 
     Warns:
-        PartialCaptureWarning: once for each path.
+        PartialCaptureWarning: once for each path, if not ``quiet``: where it is as it should be.
     """
     if entry in parts.reasons:
         return
@@ -103,6 +111,8 @@ def split(model: nn.Module, parts: Parts, entry: str, reason: str, *, hooks: boo
         if not is_extended(module, PART):
             module.__class__ = part_class(type(module))
     _note_entries(model, bank_of(model))
+    if quiet:
+        return
     name = f"{entry!r} in {type(model).__name__}" if entry else type(model).__name__
     warnings.warn(
         f"{name} cannot be captured whole and runs in Python: {reason}\n"

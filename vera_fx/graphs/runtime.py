@@ -12,6 +12,7 @@ from vera_fx.bank.build import follow
 from vera_fx.bank.hooks import EagerHook
 from vera_fx.bank.slots import open_ranks
 from vera_fx.base.modules import ADAPTED, PART, in_bank, is_extended, original_class
+from vera_fx.base.sharding import SHARDED, is_sharded
 from vera_fx.capturing.export_call import Capture, capture_call
 from vera_fx.capturing.signature import Call, CallReader
 from vera_fx.capturing.state_watch import StateWatch
@@ -123,13 +124,16 @@ class Runtime:
         if not inside and not any_global_hook():
             self.parts.forget_hooks(self._entry)
             return False
+        sharded = bool(inside) and all(is_sharded(model.get_submodule(path)) for path in inside)
         where = f"{inside[0]!r}" if inside else "all modules"
         reason = (
-            f"a hook is registered on {where}, and graphs call no modules; remove it to run one"
+            SHARDED
+            if sharded
+            else f"a hook is registered on {where}, and graphs call no modules; remove it to run one"
         )
         if mixed:
             raise CaptureError(f"adapter_names needs the call as one graph, but {reason}")
-        split(model, self.parts, self._entry, reason, hooks=True)
+        split(model, self.parts, self._entry, reason, hooks=True, quiet=sharded)
         return True
 
     def read(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
