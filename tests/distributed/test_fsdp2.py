@@ -102,8 +102,12 @@ def test_gradient_checkpointing() -> None:
 @two_processes
 def test_mixed_precision() -> None:
     """The vectors are gathered in bfloat16: losses are those of a bfloat16 run to its rounding."""
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.float32)
-    model, alone = sharded(adapted(), mp_policy=policy), adapted()
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    model, alone = adapted(), adapted()
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh(), mp_policy=half)
+    last = MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.float32)
+    fully_shard(model, mesh=mesh(), mp_policy=last)
     before = vectors(model)
     losses: list[float] = []
     train(model, map(mine, batches()), loss=lambda y: noted(mean_loss(y), losses))

@@ -85,7 +85,9 @@ class EagerBranch(EagerHook):
             adapter = self.bank.adapter(name)
             vectors = adapter.vectors_at(self.path)
             if vectors is not None:
-                tensors = self.bank.projections_of(adapter).tensors | vectors.tensors
+                dtype = next(vectors.parameters()).dtype
+                shared = self.bank.projections_of(adapter).tensors
+                tensors = {n: t.to(dtype) for n, t in shared.items()} | vectors.tensors
                 call = self._call(module, adapter, x, total, output)
                 total = adapter.kind.maths.add(call, tensors)
         return total.to(output.dtype)
