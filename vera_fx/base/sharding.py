@@ -6,10 +6,12 @@ part with a graph of its own, which reads the parameters while they are gathered
 """
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+
+from vera_fx.errors import TargetError
 
 SHARDED = "its parameters are sharded (fully_shard), and gathered by hooks of the modules"
 
@@ -28,6 +30,39 @@ def has_sharded(model: nn.Module) -> bool:
 def is_distributed(tensor: Tensor) -> bool:
     """True for a ``DTensor``, of which each process holds a part."""
     return hasattr(tensor, "full_tensor") and hasattr(tensor, "device_mesh")
+
+
+def check_gathered(model: nn.Module) -> None:
+    """Refuse a model with parameters that are cut and never gathered.
+
+    Raises:
+        TargetError: tensor parallelism, in which modules multiply by a part of their weight.
+    """
+    modules = dict(model.named_modules())
+    for path, module in modules.items():
+        for name, tensor in module._parameters.items():
+            if (
+                tensor is not None
+                and is_distributed(tensor)
+                and not _is_gathered(path, tensor, modules)
+            ):
+                raise TargetError(
+                    f"{path}.{name} is cut over processes ({_placements(tensor)}) by tensor parallelism, where "
+                    "modules multiply by a part of their weight, and branches are made for whole ones; "
+                    "use fully_shard (FSDP2), which gathers weights, or DistributedDataParallel"
+                )
+
+
+def _is_gathered(path: str, tensor: Tensor, modules: Mapping[str, nn.Module]) -> bool:
+    """True if ``fully_shard`` cut it, of this module or one around it, and nothing else did."""
+    parts = path.split(".") if path else []
+    around = ("", *(".".join(parts[: n + 1]) for n in range(len(parts))))
+    cuts = sum(placement.is_shard() for placement in tensor.placements)  # type: ignore[attr-defined]
+    return cuts <= 1 and any(is_sharded(modules[outer]) for outer in around if outer in modules)
+
+
+def _placements(tensor: Tensor) -> str:
+    return ", ".join(map(str, tensor.placements))  # type: ignore[attr-defined]
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -59,9 +94,14 @@ def cut(value: Tensor, like: Tensor) -> Tensor:
     return found.to(local_part(like).device)
 
 
-def freed(module: nn.Module) -> None:
-    """Let every sharded module hold its shards alone, as before its forward; else nothing."""
-    for part in module.modules():
-        if is_sharded(part):
-            with torch.no_grad():
-                part.reshard()  # type: ignore[operator]
+def at_rest(model: nn.Module, *, everything: bool = False) -> None:
+    """Let a sharded model hold shards, as optimisers do, and no gathered parameters of its last call.
+
+    Args:
+        model: any model; one that is not sharded stays as it is.
+        everything: all of its modules, for their weights; else what is gathered with the model
+            itself, among it all of the bank.
+    """
+    for module in model.modules() if everything else (model,):
+        if is_sharded(module):
+            module.reshard()  # type: ignore[operator]

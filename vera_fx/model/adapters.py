@@ -13,6 +13,7 @@ from vera_fx.bank.bank import AdapterBank, rest, wake
 from vera_fx.bank.blueprint import blueprint
 from vera_fx.bank.build import build_adapter, draw, install
 from vera_fx.bank.names import check_known, check_name
+from vera_fx.base.sharding import at_rest
 from vera_fx.base.targets import resolve_targets
 from vera_fx.config import AdapterConfig
 from vera_fx.errors import AdapterError, listing
@@ -46,6 +47,7 @@ def add_adapter(
     """
     model = unwrapped(model)
     bank = require_adapted(model)
+    at_rest(model)
     with bank.slots.lock:
         check_name(adapter_name, bank.adapters)
         config = config or _first_config(bank)
@@ -83,6 +85,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     """
     model = unwrapped(model)
     bank = require_adapted(model)
+    at_rest(model)
     with bank.slots.lock:
         check_known(adapter_name, bank.adapters)
         if adapter_name in bank.merged:
@@ -110,6 +113,7 @@ def set_adapter(model: nn.Module, adapter_names: str | Sequence[str]) -> None:
     """
     model = unwrapped(model)
     bank = require_adapted(model)
+    at_rest(model)
     wanted = (
         (adapter_names,) if isinstance(adapter_names, str) else tuple(dict.fromkeys(adapter_names))
     )
@@ -145,6 +149,7 @@ def set_trainable(
     """
     model = unwrapped(model)
     bank = require_adapted(model)
+    at_rest(model)
     chosen = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
     with bank.slots.lock:
         for name in chosen:
@@ -186,6 +191,7 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
 
 
 def _disable(model: nn.Module, bank: AdapterBank) -> None:
+    at_rest(model)
     with bank.slots.lock:
         if not bank.disabled:
             suspend(model, bank)
@@ -195,6 +201,7 @@ def _disable(model: nn.Module, bank: AdapterBank) -> None:
 
 
 def _enable(model: nn.Module, bank: AdapterBank) -> None:
+    at_rest(model)
     with bank.slots.lock:
         bank.disabled -= 1
         if not bank.disabled:
