@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vera_fx.errors import TargetError
@@ -92,6 +93,19 @@ def cut(value: Tensor, like: Tensor) -> Tensor:
     )
     found = same.redistribute(mesh, like.placements).to_local()  # type: ignore[attr-defined]
     return found.to(local_part(like).device)
+
+
+def all_agree(holds: bool, like: Tensor) -> bool:
+    """True if it holds in every process that has a part of ``like``."""
+    if not is_distributed(like):
+        return holds
+    mesh: Any = like.device_mesh  # type: ignore[attr-defined]
+    flag = torch.tensor(float(holds), device=local_part(like).device)
+    for dim in range(mesh.ndim):
+        torch.distributed.all_reduce(
+            flag, torch.distributed.ReduceOp.MIN, group=mesh.get_group(dim)
+        )
+    return bool(flag)
 
 
 def at_rest(model: nn.Module, *, everything: bool = False) -> None:

@@ -17,6 +17,7 @@ from vera_fx.bank.bank import AdapterBank
 from vera_fx.bank.blueprint import blueprint
 from vera_fx.bank.build import draw
 from vera_fx.bank.names import check_apart, check_known
+from vera_fx.base.sharding import whole
 from vera_fx.base.targets import resolve_targets
 from vera_fx.checkpoint.embeddings import embeddings_to_save
 from vera_fx.checkpoint.model_card import CARD_FILE, card
@@ -45,7 +46,8 @@ def save_adapter(
 
     The files are written aside, flushed, and put into place by one rename, so that a crash or a full
     disk leaves the old adapter or the new one, whole. Writers wait for each other. Other files of the
-    folder stay, and so does a ``README.md`` that is there already.
+    folder stay, and so does a ``README.md`` that is there already. In several processes one of them or
+    all may call this; all have to if the model is sharded (``fully_shard``).
 
     Args:
         model: an adapted model.
@@ -132,7 +134,8 @@ def _contents(
 ) -> dict[str, Tensor]:
     """All tensors of the adapter's file, as they are."""
     adapter = bank.adapter(name)
-    state = embeddings_to_save(model, bank, adapter, embeddings) | adapter_state_dict(model, name)
+    beside = embeddings_to_save(model, bank, adapter, embeddings)
+    state = {k: whole(t) for k, t in beside.items()} | adapter_state_dict(model, name)
     empty = [key for key, tensor in state.items() if tensor.is_meta]
     if empty:
         raise CheckpointError(

@@ -14,6 +14,7 @@ from vera_fx.bank.build import build_adapter, draw, install, unhook
 from vera_fx.bank.names import check_name
 from vera_fx.base.hf import allow_training, refuse_training, register_types
 from vera_fx.base.modules import BANK, base_modules
+from vera_fx.base.sharding import has_sharded
 from vera_fx.base.targets import resolve_targets
 from vera_fx.branches.kinds import KINDS, config_from, is_config
 from vera_fx.config import AdapterConfig
@@ -242,6 +243,11 @@ def unload(model: M, *, merge: bool = False, safe: bool = True) -> M:
     """
     model = unwrapped(model)
     require_adapted(model)
+    if has_sharded(model):
+        raise AdapterError(
+            f"this {type(model).__name__} is sharded (fully_shard), which has changed its class after adapt; "
+            "save the adapter and load the base anew, or merge(model) and go on with it as it is"
+        )
     if merge:
         _merge_for_good(model, safe=safe)
     else:
