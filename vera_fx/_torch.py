@@ -9,6 +9,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 import torch
 import torch._dynamo
 import torch._inductor.config
+from torch import nn
 from torch._C._dynamo.guards import RootGuardManager, TensorGuards, dict_version
 from torch._dynamo.eval_frame import set_eval_frame, skip_code
 from torch._dynamo.guards import GuardManagerType
@@ -230,6 +231,20 @@ def reduced_by(ddp: DistributedDataParallel) -> frozenset[int]:
     buckets = ddp.reducer._get_zeros_like_grad_buckets()
     delayed: Any = ddp.__dict__.get("_delay_all_reduce_params", [])
     return frozenset(map(id, [*delayed, *(p for b in buckets for p in b.parameters())]))
+
+
+def sharded_by(model: nn.Module) -> tuple[Any, frozenset[int]]:
+    """The mesh that ``fully_shard`` cuts parameters over, and identities of those that it gathers."""
+    modules: Any = (m for m in model.modules() if hasattr(m, "_get_fsdp_state"))
+    groups = [g for m in modules for g in m._get_fsdp_state()._fsdp_param_groups]
+    params = [p for group in groups for p in group.fsdp_params]
+    known = [t for p in params for t in (p.sharded_param, getattr(p, "_unsharded_param", None))]
+    return next((g.mesh_info.mesh for g in groups), None), frozenset(map(id, known))
+
+
+def after_backward(function: Callable[[], None]) -> None:
+    """Call ``function`` at the end of the backward that runs now in this thread."""
+    cast("Any", torch.autograd.Variable)._execution_engine.queue_callback(function)
 
 
 def wants_cuda_graphs() -> bool:

@@ -23,7 +23,6 @@ from vera_fx.mixing.kept_mix import mix_again
 from vera_fx.mixing.kept_names import held_by
 from vera_fx.mixing.mixer import Mix
 from vera_fx.mixing.rows_of_call import row_names
-from vera_fx.processes.reduced import check_reduced
 
 
 @dataclass(slots=True)
@@ -75,7 +74,7 @@ def prepare(
         return None
     mix = _mix_for(model, call, names)
     ready, switches = runtime.ready(model, call, mix)
-    check_reduced(model, runtime.reduced)
+    runtime.reduced.check(model)
     if mix is not None and ready is not None:
         if ready.refused:
             mix.check(ready.refused)
