@@ -170,3 +170,27 @@ def test_mixtures_are_refused() -> None:
     model = sharded(adapted().eval())
     with pytest.raises(vera_fx.CaptureError, match="as one graph, but its parameters are sharded"):
         model(X, adapter_names=["default", *["__base__"] * 7])
+
+
+def wide() -> Any:
+    """Of sizes for which folding the branch into the weight is the cheapest way."""
+    model = base()
+    for layer in model.layers:
+        layer.up, layer.down = nn.Linear(6, 160), nn.Linear(160, 6)
+        layer.up = nn.Sequential(layer.up, nn.Linear(160, 128), nn.Linear(128, 160))
+    fields: dict[str, Any] = {"r": 96, "target_modules": r".*up\.[12]"}
+    model = vera_fx.adapt(model, vera_fx.VeraConfig(**fields))
+    fill_vectors(model)
+    return model
+
+
+@two_processes
+def test_no_weight_of_full_size_is_kept() -> None:
+    """Where one process would fold the branch into the weight, a sharded model does not."""
+    many, found = torch.randn(8192, 6), list[set[str]]()
+    for model in (wide(), sharded(wide())):
+        mean_loss(model(many)).backward()
+        found.append({plan for g in vera_fx.explain(model).graphs for _, plan, _ in g.plans})
+    assert found[0] & {"merged", "dense"}
+    assert not found[1] & {"merged", "dense"}
+    assert found[1]
