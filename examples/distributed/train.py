@@ -51,6 +51,17 @@ def lines(model: str, text: Path) -> list[dict[str, Tensor]]:
     return [{"input_ids": row} for row in ids.split(8 * LENGTH) if len(row) == 8 * LENGTH]
 
 
+def start(model: str, text: Path | None) -> tuple[Any, list[dict[str, Tensor]]]:
+    """The base model, and what it learns."""
+    if not model:
+        return small_model(), counting()
+    if text is None:
+        raise typer.BadParameter("--model needs --text, the lines to train on")
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(model), lines(model, text)
+
+
 def sharded(model: Any, accelerator: Accelerator) -> nn.Module:
     """FSDP2 without accelerate's plugin: each layer, then the whole."""
     from torch.distributed.fsdp import fully_shard
@@ -72,16 +83,9 @@ def main(
     out: Path = Path("out/distributed"),
 ) -> None:
     """Adapt, prepare, train, save: the same lines whatever starts them."""
-    if model and text is None:
-        raise typer.BadParameter("--model needs --text, the lines to train on")
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     world = accelerator.num_processes
-    if model:
-        from transformers import AutoModelForCausalLM
-
-        base, rows = AutoModelForCausalLM.from_pretrained(model), lines(model, Path(text or ""))
-    else:
-        base, rows = small_model(), counting()
+    base, rows = start(model, text)
     # Adapt first: what is wrapped reduces the gradients of what trains then.
     net = vera_fx.adapt(base, vera_fx.VeraConfig(r=rank, target_modules="all-linear"))
     if accelerator.is_main_process:

@@ -11,8 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import vera_fx
+from benchmarks.traffic import Traffic
 from tests.distributed.pair import two_processes
-from tests.distributed.traffic import Traffic
 from tests.distributed.training import (
     CLASSES,
     HIDDEN,

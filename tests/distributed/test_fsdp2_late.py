@@ -7,9 +7,9 @@ import torch
 from torch.distributed.fsdp import fully_shard
 
 import vera_fx
+from benchmarks.traffic import Traffic
 from tests.distributed.pair import two_processes
 from tests.distributed.test_fsdp2 import mesh, sharded
-from tests.distributed.traffic import Traffic
 from tests.distributed.training import (
     adapted,
     assert_trained,
