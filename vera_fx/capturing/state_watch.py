@@ -18,9 +18,9 @@ from torch.utils.hooks import RemovableHandle
 
 from vera_fx._torch import DictMarks, TensorMarks, stamp
 from vera_fx.base.modules import asks_for_gradients, original_class
+from vera_fx.base.swaps import Stamped, Swaps
 from vera_fx.capturing.facts import fact
 from vera_fx.capturing.reads import Reads, reads_of, slot_value
-from vera_fx.capturing.swaps import Stamped, Swaps
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _KEPT = 1024

@@ -15,9 +15,8 @@ from torch import nn
 from vera_fx._context import (
     class_made_of,
     current_run,
-    entry_at,
     is_capturing,
-    remembered_run,
+    remembered,
     traced_by_others,
 )
 from vera_fx._torch import in_backward, skip_frame
@@ -71,12 +70,13 @@ def _forward_for(base: type[nn.Module]) -> Callable[..., Any]:
         run = current_run()
         if run is None and in_backward():
             # A checkpoint computes the part once more, and wants the tensors that its graph kept.
-            run = remembered_run(self)
+            again = remembered(self, "run")
+            run = None if again is None else again()
         if is_capturing() or traced_by_others():
             return base.forward(self, *args, **kwargs)
         if run is not None:
             return run.call(self, base, args, kwargs)
-        start = entry_at(self)
+        start = remembered(self, "start")
         return (
             base.forward(self, *args, **kwargs)
             if start is None

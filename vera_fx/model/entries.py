@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from vera_fx._context import current_run, remember_entry, set_run
+from vera_fx._context import current_run, remember, set_run
 from vera_fx._torch import in_transform, skip_frame, start_compiling, stop_compiling
 from vera_fx.bank.bank import bank_of
 from vera_fx.base.modules import ADAPTED, PART, is_extended
@@ -28,7 +28,7 @@ def make_entries(model: nn.Module) -> None:
     bank_of(model).__dict__["owner"] = weakref.ref(model)
     for path, module in _entries(model):
         start = functools.partial(_called, weakref.ref(model), path)
-        remember_entry(module, start)
+        remember(module, start=start)
         if not is_extended(module, PART):
             module.__class__ = part_class(type(module))
 

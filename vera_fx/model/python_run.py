@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from vera_fx._context import current_run, remember_run, set_run
+from vera_fx._context import current_run, remember, set_run
 from vera_fx._torch import compiled_by, skip_frame, start_compiling, stop_compiling
 from vera_fx.bank.bank import bank_of
 from vera_fx.base.modules import ADAPTED, is_extended
 from vera_fx.graphs.around import finish, prepare, run
 from vera_fx.graphs.runtime import runtime_of
-from vera_fx.model.weight_watch import WeightWatch, unwatched
+from vera_fx.graphs.weight_watch import WeightWatch, unwatched
 
 
 class PythonRun:
@@ -36,7 +36,7 @@ class PythonRun:
         path = self._paths.get(id(part))
         if path is None:  # of another model
             return base.forward(part, *args, **kwargs)
-        remember_run(part, functools.partial(_again, weakref.ref(self._model)))
+        remember(part, run=functools.partial(_again, weakref.ref(self._model)))
         with unwatched():
             prepared = prepare(self._model, args, dict(kwargs), path)
             if prepared is not None:
