@@ -17,6 +17,11 @@ from torch.export.pt2_archive._package import load_pt2
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import (
+    TorchFunctionMode,
+    _get_current_function_mode,
+    _pop_mode_temporarily,
+)
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 
@@ -245,6 +250,16 @@ def sharded_by(model: nn.Module) -> tuple[Any, frozenset[int]]:
 def after_backward(function: Callable[[], None]) -> None:
     """Call ``function`` at the end of the backward that runs now in this thread."""
     cast("Any", torch.autograd.Variable)._execution_engine.queue_callback(function)
+
+
+@contextlib.contextmanager
+def without_mode(kind: type[TorchFunctionMode]) -> Iterator[None]:
+    """Inside the block a mode of that class, if it is this thread's innermost, sees no function."""
+    if not isinstance(_get_current_function_mode(), kind):
+        yield
+        return
+    with _pop_mode_temporarily():
+        yield
 
 
 def wants_cuda_graphs() -> bool:
