@@ -2,8 +2,10 @@
 
 from typing import Any
 
+import peft
 import pytest
 import torch
+from torch import distributed as dist
 from torch.distributed.fsdp import fully_shard
 
 import vera_fx
@@ -91,3 +93,22 @@ def test_other_kinds_of_adapters_after_sharding() -> None:
     train(model, map(mine, batches()))
     train(alone, batches())
     assert_trained(model, vectors(alone), factor=5)
+
+
+@two_processes
+def test_pefts_vera_is_not_reduced() -> None:
+    """What PEFT does in the same order: every process trains an adapter of its own."""
+    model: Any = base()
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh())
+    fully_shard(model, mesh=mesh())
+    targets = config().target_modules
+    theirs = peft.get_peft_model(model, peft.VeraConfig(r=5, target_modules=list(targets or ())))
+    fill_vectors(theirs)
+    train(theirs, map(mine, batches()))
+    value = torch.cat(
+        [p.detach().flatten() for _, p in theirs.named_parameters() if p.requires_grad]
+    )
+    both = [torch.empty_like(value) for _ in range(dist.get_world_size())]
+    dist.all_gather(both, value)
+    assert (both[0] - both[1]).abs().max() > 1e-2
