@@ -180,10 +180,19 @@ def generators_kept(device: torch.device) -> contextlib.AbstractContextManager[N
     return torch.random.fork_rng(devices=[cast("Any", device)], device_type=device.type)
 
 
+NO_BACKWARD = -1
+
+
+@skip_frame
+def backward_now() -> int:
+    """A number for the backward that autograd runs in this thread; `NO_BACKWARD` for none."""
+    return torch._C._current_graph_task_id()
+
+
 @skip_frame
 def in_backward() -> bool:
     """True while autograd runs a backward in this thread."""
-    return torch._C._current_graph_task_id() != -1
+    return torch._C._current_graph_task_id() != NO_BACKWARD
 
 
 @skip_frame

@@ -112,3 +112,32 @@ def test_pefts_vera_is_not_reduced() -> None:
     both = [torch.empty_like(value) for _ in range(dist.get_world_size())]
     dist.all_gather(both, value)
     assert (both[0] - both[1]).abs().max() > 1e-2
+
+
+@two_processes
+def test_a_backward_that_failed_leaves_nothing_behind() -> None:
+    model = sharded(base())
+    vera_fx.adapt(model, config())
+    fill_vectors(model)
+    loss = mean_loss(model(failing(mine(X).clone().requires_grad_())))
+    with pytest.raises(RuntimeError, match="on purpose"):
+        loss.backward()
+    for parameter in model.parameters():
+        parameter.grad = None
+    train(model, map(mine, batches()))
+    assert_trained(model, trained_alone())
+
+
+def failing(x: torch.Tensor) -> torch.Tensor:
+    """The same values, whose gradient is an error: the last one, when all vectors have theirs."""
+
+    class Failing(torch.autograd.Function):
+        @staticmethod
+        def forward(_ctx: Any, value: torch.Tensor) -> torch.Tensor:
+            return value.clone()
+
+        @staticmethod
+        def backward(_ctx: Any, *_: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("on purpose")
+
+    return Failing.apply(x)

@@ -124,8 +124,9 @@ class Runtime:
         if not inside and not any_global_hook():
             self.parts.forget_hooks(self._entry)
             return False
-        sharded = bool(inside) and all(is_sharded(model.get_submodule(path)) for path in inside)
-        where = f"{inside[0]!r}" if inside else "all modules"
+        users = [path for path in inside if not is_sharded(model.get_submodule(path))]
+        sharded = bool(inside) and not users
+        where = f"{users[0]!r}" if users else "all modules"
         reason = (
             SHARDED
             if sharded

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from vera_fx._torch import active_ddp, after_backward, reduced_by, sharded_by
+from vera_fx._torch import (
+    NO_BACKWARD,
+    active_ddp,
+    after_backward,
+    backward_now,
+    reduced_by,
+    sharded_by,
+)
 from vera_fx.bank.bank import bank_of
 from vera_fx.base.sharding import has_sharded
 from vera_fx.errors import AdapterError, listing
@@ -31,7 +38,7 @@ class Reduced:
         self._seen: dict[int, weakref.ref[Tensor]] = {}
         self._own: list[weakref.ref[Tensor]] = []
         self._mesh: Any = None
-        self._waiting = False
+        self._waiting = NO_BACKWARD
 
     def check(self, model: nn.Module) -> None:
         """Before a call: refuse it, or see to the gradients, if it trains what nobody would reduce.
@@ -75,13 +82,14 @@ class Reduced:
         return known is not None and known() is tensor
 
     def _landed(self, _tensor: Tensor) -> None:
-        if not self._waiting:
-            self._waiting = True
+        # Not a flag: a backward that fails never comes to its end.
+        if self._waiting != backward_now():
+            self._waiting = backward_now()
             after_backward(self._reduce)
 
     def _reduce(self) -> None:
         """Average all gradients over the processes: those of earlier backwards, too, are equal then."""
-        self._waiting = False
+        self._waiting = NO_BACKWARD
         own = [tensor for reference in self._own if (tensor := reference()) is not None]
         grads = [t.grad if t.grad is not None else torch.zeros_like(t) for t in own]
         there = own[0].new_tensor([float(t.grad is not None) for t in own], dtype=torch.float32)
