@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 DATA = examples/data/sentiment
 
-.PHONY: demo server load test fuzz test-all test-executorch test-quantised families mutation lint types bench gpu clean
+.PHONY: demo server load test fuzz test-all test-executorch test-quantised test-trl families mutation lint types bench gpu clean
 
 # One stamp per set of extras; they share the virtual environment.
 $(VENV)/.%: pyproject.toml constraints.txt
@@ -47,6 +47,11 @@ test-executorch:
 test-quantised:
 	$(MAKE) VENV=.venv-quantised .venv-quantised/.test,quantised
 	.venv-quantised/bin/python -m pytest -n 2 -m "not slow" tests/quantised
+
+# TRL's trainers over adapted models. TRL brings datasets and more: a virtual environment of its own.
+test-trl:
+	$(MAKE) VENV=.venv-trl .venv-trl/.test,trl
+	.venv-trl/bin/python -m pytest tests/model/test_trl.py
 
 # The matrix of model families, with its table. timm brings torchvision, which transformers would
 # import wherever it is: a virtual environment of its own.

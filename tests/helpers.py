@@ -1,11 +1,13 @@
 """What the tests share: non-trivial vectors, oracles, comparisons that refuse to be empty."""
 
+import contextlib
 import copy
 import re
 import warnings
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+from unittest import mock
 
 import peft
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 import vera_fx
 from vera_fx.branches.vera.reference import vera_branch
+from vera_fx.graphs.around import Prepared
 
 TOLERANCE = {
     torch.float64: (1e-10, 1e-12),
@@ -190,3 +193,17 @@ def kept_tensors(loss: Callable[[], Tensor]) -> list[Tensor]:
 def storage_of(tensor: Tensor) -> int:
     """The address of the memory that a tensor is a view of."""
     return tensor.untyped_storage().data_ptr()
+
+
+@contextlib.contextmanager
+def graphs_run() -> Iterator[Callable[[], int]]:
+    """Inside the block calls that run graphs are counted, those of parts each."""
+    count, plain = 0, Prepared.__init__
+
+    def counted(self: Prepared, *args: Any, **kwargs: Any) -> None:
+        nonlocal count
+        count += 1
+        plain(self, *args, **kwargs)
+
+    with mock.patch.object(Prepared, "__init__", counted):
+        yield lambda: count

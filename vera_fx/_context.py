@@ -103,21 +103,23 @@ def set_run(run: Run | None) -> None:
     _thread.run = run
 
 
-_last_runs: "weakref.WeakKeyDictionary[nn.Module, Callable[[], Run | None]]" = (
+_of_parts: "weakref.WeakKeyDictionary[nn.Module, dict[str, Callable[..., Any]]]" = (
     weakref.WeakKeyDictionary()
 )
 
 
-def remember_run(part: nn.Module, again: Callable[[], Run | None]) -> None:
-    """Let ``part`` be run as it was, by a run that ``again`` gives, after the present one has ended."""
-    _last_runs[part] = again
+def remember(part: nn.Module, **what: Callable[..., Any]) -> None:
+    """Keep functions for a module: ``run`` gives a run like the last that it took part in, or None.
+
+    Calls that are in no run go to ``start``, with the module, its class and the arguments.
+    """
+    _of_parts[part] = {**_of_parts.get(part, {}), **what}
 
 
 @skip_frame
-def remembered_run(part: nn.Module) -> Run | None:
-    """A run like the last that ``part`` took part in; None if it was in none, or its model is gone."""
-    again = _last_runs.get(part)
-    return None if again is None else again()
+def remembered(part: nn.Module, what: str) -> Callable[..., Any] | None:
+    """What `remember` was given for ``part``; None if it was given nothing."""
+    return _of_parts.get(part, {}).get(what)
 
 
 def modules_inside() -> list[str]:

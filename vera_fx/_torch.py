@@ -9,12 +9,19 @@ from typing import Any, ParamSpec, TypeVar, cast
 import torch
 import torch._dynamo
 import torch._inductor.config
+from torch import nn
 from torch._C._dynamo.guards import RootGuardManager, TensorGuards, dict_version
 from torch._dynamo.eval_frame import set_eval_frame, skip_code
 from torch._dynamo.guards import GuardManagerType
 from torch.export.pt2_archive._package import load_pt2
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import (
+    TorchFunctionMode,
+    _get_current_function_mode,
+    _pop_mode_temporarily,
+)
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 
@@ -173,10 +180,19 @@ def generators_kept(device: torch.device) -> contextlib.AbstractContextManager[N
     return torch.random.fork_rng(devices=[cast("Any", device)], device_type=device.type)
 
 
+NO_BACKWARD = -1
+
+
+@skip_frame
+def backward_now() -> int:
+    """A number for the backward that autograd runs in this thread; `NO_BACKWARD` for none."""
+    return torch._C._current_graph_task_id()
+
+
 @skip_frame
 def in_backward() -> bool:
     """True while autograd runs a backward in this thread."""
-    return torch._C._current_graph_task_id() != -1
+    return torch._C._current_graph_task_id() != NO_BACKWARD
 
 
 @skip_frame
@@ -216,6 +232,43 @@ def _has_autocast(kind: str) -> bool:
     except (RuntimeError, ValueError):
         return False
     return True
+
+
+@skip_frame
+def active_ddp() -> DistributedDataParallel | None:
+    """The ``DistributedDataParallel`` whose forward runs now."""
+    return cast("Any", DistributedDataParallel)._get_active_ddp_module()
+
+
+def reduced_by(ddp: DistributedDataParallel) -> frozenset[int]:
+    """Identities of the parameters whose gradients it reduces: those that trained when it was made."""
+    buckets = ddp.reducer._get_zeros_like_grad_buckets()
+    delayed: Any = ddp.__dict__.get("_delay_all_reduce_params", [])
+    return frozenset(map(id, [*delayed, *(p for b in buckets for p in b.parameters())]))
+
+
+def sharded_by(model: nn.Module) -> tuple[Any, frozenset[int]]:
+    """The mesh that ``fully_shard`` cuts parameters over, and identities of those that it gathers."""
+    modules: Any = (m for m in model.modules() if hasattr(m, "_get_fsdp_state"))
+    groups = [g for m in modules for g in m._get_fsdp_state()._fsdp_param_groups]
+    params = [p for group in groups for p in group.fsdp_params]
+    known = [t for p in params for t in (p.sharded_param, getattr(p, "_unsharded_param", None))]
+    return next((g.mesh_info.mesh for g in groups), None), frozenset(map(id, known))
+
+
+def after_backward(function: Callable[[], None]) -> None:
+    """Call ``function`` at the end of the backward that runs now in this thread."""
+    cast("Any", torch.autograd.Variable)._execution_engine.queue_callback(function)
+
+
+@contextlib.contextmanager
+def without_mode(kind: type[TorchFunctionMode]) -> Iterator[None]:
+    """Inside the block a mode of that class, if it is this thread's innermost, sees no function."""
+    if not isinstance(_get_current_function_mode(), kind):
+        yield
+        return
+    with _pop_mode_temporarily():
+        yield
 
 
 def wants_cuda_graphs() -> bool:

@@ -23,7 +23,7 @@ from vera_fx.passes import Target
 MERGED = "merged"
 """Key, below the bank's, that says that adapters are merged into the weights of a state_dict."""
 
-_DERIVED = re.compile(r"(slot|served)\d+|mixer|rows|store")
+_DERIVED = re.compile(r"(slot|served)\d+|mixer|rows|store|owner")
 """What is put on a bank for graphs to read, and what others keep there: made of what it holds."""
 
 

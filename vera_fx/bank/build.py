@@ -4,7 +4,6 @@ Nothing here touches the model; `install` is the one step that does.
 """
 
 import copy
-import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ from vera_fx.bank.blueprint import Blueprint, home
 from vera_fx.bank.hooks import EagerBranch, EagerCopy, EagerHook
 from vera_fx.bank.structure import Base
 from vera_fx.base.modules import tensor_paths
+from vera_fx.base.sharding import is_distributed, whole
 from vera_fx.base.targets import targets_now
 from vera_fx.errors import TargetError
 from vera_fx.passes import Target
@@ -82,7 +82,9 @@ def _empty_vectors(plan: Blueprint, path: str) -> dict[str, Tensor]:
 
 
 def _first_vectors(model: nn.Module, plan: Blueprint, path: str) -> dict[str, Tensor]:
-    weight = functools.partial(weight_of, model, path)
+    def weight() -> Tensor:
+        return whole(weight_of(model, path))
+
     first = plan.kind.parameters.first(plan.config, plan.targets[path], weight)
     place, kept = plan.places[path], plan.kind.parameters.unrounded
     return {n: _first(v, place, plan, rounded=n not in kept) for n, v in first.items()}
@@ -99,6 +101,11 @@ def _copy_of(path: str, module: nn.Module, *, empty: bool) -> nn.Module:
     stored = module.state_dict(keep_vars=True).values()
     if empty:
         return copied(module, {id(tensor): _without_values(tensor) for tensor in stored})
+    if any(map(is_distributed, stored)):
+        raise TargetError(
+            f"{path!r} is sharded (fully_shard), and the adapter would train a copy of it; adapt the model "
+            "before it is sharded"
+        )
     if any(tensor.is_meta for tensor in stored):
         raise TargetError(
             f"{path!r} is on the meta device, and its values are where the adapter's trained copy "

@@ -5,15 +5,16 @@ layer: such calls never reach the model's forward, so no graph serves them. Hook
 eagerly what the graph would. Graphs do not call modules, so inside of them no hook ever runs.
 """
 
+import warnings
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vera_fx._context import enter, holding, is_capturing, leave, now
+from vera_fx._context import current_run, enter, holding, is_capturing, leave, now
 from vera_fx.bank.adapter import Adapter, TrainedBias
 from vera_fx.branches.protocol import EagerCall
-from vera_fx.errors import AdapterError
+from vera_fx.errors import AdapterError, PartialCaptureWarning
 from vera_fx.products.kinds import known_kind
 
 if TYPE_CHECKING:
@@ -39,8 +40,23 @@ class EagerHook:
                 f"{self.path!r} was called outside of the model's own forward in a batch that mixes "
                 "adapters; only calls of the model itself can mix them"
             )
+        self._tell_if_replaced()
         with holding("unwatched", value=True):
             return self.adapted(module, args, kwargs, output)
+
+    def _tell_if_replaced(self) -> None:
+        """Warn once where calls of the model reach no graph: their forward was put on its object."""
+        owner: Any = self.bank.__dict__.get("owner", lambda: None)()
+        if owner is None or "forward" not in owner.__dict__ or current_run() is not None:
+            return
+        del self.bank.__dict__["owner"]
+        warnings.warn(
+            f"{self.path!r} runs in Python, as PEFT's would, and not in a graph: something has put another "
+            f"forward on this {type(owner).__name__}, and it calls modules in it past the forward of its "
+            "class. Results are right; call the model before it is wrapped so to have the speed",
+            PartialCaptureWarning,
+            stacklevel=3,
+        )
 
     def adapted(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -69,7 +85,9 @@ class EagerBranch(EagerHook):
             adapter = self.bank.adapter(name)
             vectors = adapter.vectors_at(self.path)
             if vectors is not None:
-                tensors = self.bank.projections_of(adapter).tensors | vectors.tensors
+                dtype = next(vectors.parameters()).dtype
+                shared = self.bank.projections_of(adapter).tensors
+                tensors = {n: t.to(dtype) for n, t in shared.items()} | vectors.tensors
                 call = self._call(module, adapter, x, total, output)
                 total = adapter.kind.maths.add(call, tensors)
         return total.to(output.dtype)

@@ -104,6 +104,7 @@ class ProjectionSet:
         self.kept = kept
         self.retired: dict[str, Projections] = {}
         self._padded: dict[str, tuple[int, dict[str, Tensor]]] = {}
+        self._cast: dict[str, tuple[dict[str, Tensor], torch.dtype, dict[str, Tensor]]] = {}
 
     def pair(self, key: str) -> Projections:
         """The projections ``key``, in use or retired."""
@@ -135,9 +136,25 @@ class ProjectionSet:
             self.retired[key] = cast("Projections", self.kept[key])
             set_child(self.kept, key, None)
             self._padded.pop(key, None)
+            self._cast.pop(key, None)
 
-    def padded(self, key: str, targets: Mapping[str, Target]) -> dict[str, Tensor]:
-        """Projections as graphs read them: large enough for every target."""
+    def padded(
+        self, key: str, targets: Mapping[str, Target], dtype: torch.dtype | None = None
+    ) -> dict[str, Tensor]:
+        """Projections as graphs read them: large enough for every target, and of the vectors' dtype.
+
+        That may differ from their own: FSDP2 gathers vectors in the dtype of its mixed precision.
+        """
+        found = self._large(key, targets)
+        if dtype is None or all(tensor.dtype == dtype for tensor in found.values()):
+            return found
+        known = self._cast.get(key)
+        if known is None or known[0] is not found or known[1] != dtype:
+            cast_ = {name: tensor.to(dtype) for name, tensor in found.items()}
+            known = self._cast[key] = found, dtype, cast_
+        return known[2]
+
+    def _large(self, key: str, targets: Mapping[str, Target]) -> dict[str, Tensor]:
         pair = self.pair(key)
         version, found = stamp([pair._buffers]), self._padded.get(key)
         if found is None or found[0] != version:
@@ -149,3 +166,4 @@ class ProjectionSet:
     def forget_padded(self) -> None:
         """Let what graphs read be made anew."""
         self._padded.clear()
+        self._cast.clear()

@@ -142,7 +142,8 @@ class SlotTable:
     def _values(self, adapter: Adapter) -> dict[str, Tensor]:
         """Projections, and vectors for every target; zeros, which add nothing, if it has none."""
         targets = self._bank.structure.targets
-        values = dict(self._bank.shared.padded(adapter.projections, targets))
+        dtype = next(adapter.vectors.parameters()).dtype
+        values = dict(self._bank.shared.padded(adapter.projections, targets, dtype))
         wanted = {path: adapter.kind.own_sizes(adapter.config.r, t) for path, t in targets.items()}
         most = max(math.prod(size) for sizes in wanted.values() for size in sizes.values())
         nothing = next(adapter.vectors.parameters()).detach().new_zeros(most)

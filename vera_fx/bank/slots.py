@@ -13,6 +13,7 @@ they train or not, with zeros and the base's tensors for what they lack.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 import torch
@@ -141,12 +142,20 @@ class Binding:
         self._aliased = [own for own, alias in pairs if own is not alias]
         self._memory = self._pointers()
         self._sources, self._version = sources, stamp(sources)
+        self._tensors = self._held()
 
     def is_current(self) -> bool:
         """False once a module holds another tensor than it did, or a tensor other memory."""
-        if stamp(self._sources) != self._version:
-            return False
+        version = stamp(self._sources)
+        if version != self._version:
+            # FSDP2 puts shards in the place of parameters and back, the same ones every time.
+            if not all(map(is_, self._held(), self._tensors)):
+                return False
+            self._version = version
         return torch.is_grad_enabled() or self._pointers() == self._memory
+
+    def _held(self) -> list[Any]:
+        return [tensor for source in self._sources for tensor in source.values()]
 
     def _pointers(self) -> list[int]:
         # Before every call without gradients: no Python code for each tensor.

@@ -8,6 +8,7 @@ from torch import nn
 from vera_fx.base.default_targets import DEFAULT_TARGETS
 from vera_fx.base.hf import is_pretrained
 from vera_fx.base.modules import base_modules, module_paths, tensor_paths
+from vera_fx.base.sharding import check_gathered
 from vera_fx.config import AdapterConfig
 from vera_fx.errors import TargetError, listing, nearest, shown
 from vera_fx.expressions import FileText, Match, compiled, full_match
@@ -48,6 +49,7 @@ def resolve_targets(
         raise TargetError(_explain_nothing(modules, wanted, config, matches))
     if strict:
         _check_every_entry(modules, wanted)
+    check_gathered(model)
     tensors, twins = tensor_paths(model), module_paths(model)
     return {path: _as_target(path, modules[path], tensors, twins) for path in kept}
 
@@ -58,6 +60,7 @@ def targets_now(model: nn.Module, targets: Mapping[str, Target]) -> dict[str, Ta
     Raises:
         TargetError: a target is gone, or no linear module of its size any more.
     """
+    check_gathered(model)
     tensors, twins = tensor_paths(model), module_paths(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     found: dict[str, Target] = {}

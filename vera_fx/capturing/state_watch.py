@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from vera_fx._torch import DictMarks, TensorMarks, stamp
 from vera_fx.base.modules import asks_for_gradients, original_class
+from vera_fx.base.swaps import Stamped, Swaps
 from vera_fx.capturing.facts import fact
 from vera_fx.capturing.reads import Reads, reads_of, slot_value
 
@@ -43,6 +44,7 @@ class StateWatch:
         self._numbers: dict[Hashable, int] = {}
         self._count = itertools.count()
         self._current = -1
+        self._swaps = Swaps()
         self._lock = threading.RLock()  # marks and number change together
         self._look()
 
@@ -52,7 +54,7 @@ class StateWatch:
             handles = self._handles == RemovableHandle.next_id
             if not handles or (self.hooked and stamp(self._hook_dicts) != self._hook_stamp):
                 self._look_for_hooks()
-            if not self._unchanged():
+            if not (self._unchanged() or self._swapped()):
                 self._look()
             return self._current
 
@@ -60,9 +62,24 @@ class StateWatch:
         """Take everything for changed: for changes that leave no mark."""
         with self._lock:
             self._states.clear()
+            self._swaps.forget()
             self._look()
 
     def _unchanged(self) -> bool:
+        return self._parameters.hold() and self._rest_unchanged()
+
+    def _swapped(self) -> bool:
+        """True if parameters were swapped for others that were in place before, and nothing else."""
+        if not self._rest_unchanged():
+            self._swaps.forget()
+            return False
+        found = self._swaps.number()
+        if found is None:
+            return False
+        self._parameters, self._current = self._swaps.mark(), found
+        return True
+
+    def _rest_unchanged(self) -> bool:
         return (
             self._dicts.hold()
             and not any(self._empties)
@@ -85,10 +102,14 @@ class StateWatch:
         if len(self._states) > _KEPT:
             del self._states[next(iter(self._states))]
         self._named = named
+        self._swaps.note(named.values(), self._current)
         self._look_for_hooks()
 
     def _take(self, reads: Reads) -> None:
-        self._dicts = DictMarks(reader.where for reader in reads.readers)
+        swapped = {id(module._parameters) for module in reads.modules}
+        where = [reader.where for reader in reads.readers]
+        self._dicts = DictMarks(held for held in where if id(held) not in swapped)
+        self._parameters: DictMarks | Stamped = DictMarks(h for h in where if id(h) in swapped)
         self._empties = reads.empties
         self._modules, self._types = reads.modules, list(map(type, reads.modules))
         self._tensors = TensorMarks(reads.first)

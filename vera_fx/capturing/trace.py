@@ -113,6 +113,7 @@ def _traced(
 def aliased(exported: ExportedProgram, model: nn.Module) -> Iterator[str]:
     """Paths of the model's own tensors that the program holds as constants, past their modules."""
     held = {tensor.data_ptr(): path for path, tensor in _tensors(model) if tensor.numel()}
+    held.pop(0, None)  # sharded, or freed until it is gathered
     for name in exported.graph_signature.lifted_tensor_constants:
         path = held.get(cast("Tensor", exported.constants[name]).data_ptr())
         if path is not None:

@@ -34,6 +34,7 @@ from vera_fx.checkpoint.weights_file import (
 from vera_fx.errors import CheckpointError
 from vera_fx.model.adapt import adapt_with, check_adaptable
 from vera_fx.model.model_class import is_adapted
+from vera_fx.processes.wrapped import unwrapped
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -56,7 +57,7 @@ def load_adapter(
     It becomes active if no other is; if so for inference, the model goes into eval mode.
 
     Args:
-        model: a model, adapted or not; it is returned.
+        model: a model, adapted or not; it is returned, out of whatever is wrapped around it.
         directory: folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
         adapter_name: name to give it, whatever it was called when it was saved.
         trainable: whether it may train.
@@ -68,6 +69,7 @@ def load_adapter(
         CheckpointError: the files are missing, damaged or do not fit the model.
         AdapterError: the name is taken or cannot be used. The model is unchanged after both.
     """
+    model = unwrapped(model)
     check_name(adapter_name, bank_of(model).adapters if is_adapted(model) else ())
     with normal_tensors(), open_saved(path_of(directory)) as saved:
         config = saved.config.replace(plan=plan)

@@ -17,6 +17,7 @@ from vera_fx.bank.adapter import Adapter
 from vera_fx.bank.bank import AdapterBank
 from vera_fx.bank.names import one_adapter
 from vera_fx.base.hf import base_model_name
+from vera_fx.base.sharding import at_rest, whole
 from vera_fx.branches.protocol import LoraForm
 from vera_fx.checkpoint.peft_config import CONFIG_FILE, PEFT_VERSION, auto_mapping, exact_targets
 from vera_fx.checkpoint.saved import path_of
@@ -25,6 +26,7 @@ from vera_fx.checkpoint.state_dict import owned_tensors
 from vera_fx.checkpoint.weights_file import KEY_PREFIX
 from vera_fx.errors import CheckpointError, ConfigError, shown
 from vera_fx.graphs.runtime import require_adapted
+from vera_fx.processes.wrapped import unwrapped
 from vera_fx.products.kinds import is_flipped
 
 ERRORS = "vera_fx.rank_errors"
@@ -57,7 +59,9 @@ def to_lora(
         AdapterError: the model is not adapted, there is no such adapter, or several are active.
         CheckpointError: the folder cannot be written to. Files that were there are untouched.
     """
+    model = unwrapped(model)
     bank = require_adapted(model)
+    at_rest(model)
     name = one_adapter(bank.adapters, bank.active, adapter_name)
     chosen = bank.adapter(name)
     errors = {} if rank is None else {ERRORS: json.dumps(lora_errors(model, rank, name))}
@@ -95,7 +99,9 @@ def lora_errors(model: nn.Module, rank: int, adapter_name: str | None = None) ->
         AdapterError: the model is not adapted, there is no such adapter, or several are active.
         ConfigError: ``rank`` is not between 1 and the adapter's.
     """
+    model = unwrapped(model)
     bank = require_adapted(model)
+    at_rest(model)
     chosen = bank.adapter(one_adapter(bank.adapters, bank.active, adapter_name))
     check_rank(rank, chosen.config.r)
     forms = _forms(bank, chosen)
@@ -108,7 +114,7 @@ def _forms(bank: AdapterBank, adapter: Adapter) -> Iterator[tuple[str, LoraForm]
     for path in adapter.vectors.by_path:
         vectors, target = adapter.vectors_at(path), bank.structure.targets[path]
         if vectors is not None:
-            own = {name: tensor.detach() for name, tensor in vectors.tensors.items()}
+            own = {name: whole(tensor.detach()) for name, tensor in vectors.tensors.items()}
             yield path, adapter.kind.maths.lora(shared | own, target.in_features)
 
 
@@ -124,7 +130,7 @@ def _lora(bank: AdapterBank, adapter: Adapter, rank: int | None) -> Iterator[tup
     own = {id(t) for v in adapter.vectors.by_path.values() for t in v.parameters()}
     for key, tensor in owned_tensors(adapter):
         if id(tensor) not in own:
-            yield key, tensor.clone()
+            yield key, whole(tensor).clone()
 
 
 def _config(model: nn.Module, adapter: Adapter, rank: int | None) -> str:

@@ -17,6 +17,7 @@ from vera_fx.bank.bank import AdapterBank
 from vera_fx.bank.blueprint import blueprint
 from vera_fx.bank.build import draw
 from vera_fx.bank.names import check_apart, check_known
+from vera_fx.base.sharding import whole
 from vera_fx.base.targets import resolve_targets
 from vera_fx.checkpoint.embeddings import embeddings_to_save
 from vera_fx.checkpoint.model_card import CARD_FILE, card
@@ -27,6 +28,7 @@ from vera_fx.checkpoint.weights_file import HASH, WEIGHTS_FILE, projections_hash
 from vera_fx.errors import AdapterError, CheckpointError, VeraFxError
 from vera_fx.files import aside, flush, folds_case, make_folder, put, sha256, writing
 from vera_fx.graphs.runtime import require_adapted
+from vera_fx.processes.wrapped import unwrapped
 from vera_fx.safetensors_file import SHA256, digest
 
 DEFAULT = "default"
@@ -44,7 +46,8 @@ def save_adapter(
 
     The files are written aside, flushed, and put into place by one rename, so that a crash or a full
     disk leaves the old adapter or the new one, whole. Writers wait for each other. Other files of the
-    folder stay, and so does a ``README.md`` that is there already.
+    folder stay, and so does a ``README.md`` that is there already. In several processes one of them or
+    all may call this; all have to if the model is sharded (``fully_shard``).
 
     Args:
         model: an adapted model.
@@ -61,6 +64,7 @@ def save_adapter(
         CheckpointError: the adapter has no values yet, or the folder cannot be written to.
         ConfigError: embeddings are asked for and the model has none.
     """
+    model = unwrapped(model)
     bank = require_adapted(model)
     check_known(adapter_name, bank.adapters)
     tensors = _contents(model, bank, adapter_name, save_embedding_layers)
@@ -94,7 +98,7 @@ def save_adapters(
             written then.
         CheckpointError: as for `save_adapter`, from the first adapter that cannot be saved.
     """
-    bank = require_adapted(model)
+    bank = require_adapted(model := unwrapped(model))
     chosen = list(bank.adapters if adapter_names is None else dict.fromkeys(adapter_names))
     if isinstance(adapter_names, str) or not chosen:
         raise AdapterError(
@@ -130,7 +134,8 @@ def _contents(
 ) -> dict[str, Tensor]:
     """All tensors of the adapter's file, as they are."""
     adapter = bank.adapter(name)
-    state = embeddings_to_save(model, bank, adapter, embeddings) | adapter_state_dict(model, name)
+    beside = embeddings_to_save(model, bank, adapter, embeddings)
+    state = {k: whole(t) for k, t in beside.items()} | adapter_state_dict(model, name)
     empty = [key for key, tensor in state.items() if tensor.is_meta]
     if empty:
         raise CheckpointError(

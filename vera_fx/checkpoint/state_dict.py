@@ -11,6 +11,7 @@ from vera_fx.bank.adapter import Adapter, TrainedBias
 from vera_fx.bank.bank import AdapterBank
 from vera_fx.bank.blueprint import Blueprint, blueprint
 from vera_fx.bank.names import check_known
+from vera_fx.base.sharding import at_rest, put, whole
 from vera_fx.base.targets import resolve_targets
 from vera_fx.branches.protocol import BranchKind
 from vera_fx.checkpoint.weights_file import (
@@ -29,12 +30,15 @@ from vera_fx.checkpoint.weights_file import (
 from vera_fx.config import AdapterConfig
 from vera_fx.errors import AdapterError, CheckpointError, TargetError, first_line, shown
 from vera_fx.graphs.runtime import require_adapted
+from vera_fx.processes.wrapped import unwrapped
 from vera_fx.safetensors_file import unique
 
 
 @renamed(name="adapter_name")
 def adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
     """The adapter's tensors under PEFT's keys, detached but not copied.
+
+    Those of a sharded model (``fully_shard``) are gathered: every process has to call this.
 
     ``base_model.model.<target>.<name>`` for the vectors of every target, trained biases and saved
     modules, and with ``save_projection`` also ``base_model.<name>`` for the projections. Names and
@@ -43,10 +47,12 @@ def adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[
     Raises:
         AdapterError: the model is not adapted, or there is no such adapter.
     """
+    model = unwrapped(model)
     bank = require_adapted(model)
     check_known(adapter_name, bank.adapters)
     adapter = bank.adapter(adapter_name)
-    state = {key: tensor.detach() for key, tensor in owned_tensors(adapter)}
+    at_rest(model)
+    state = {key: whole(tensor.detach()) for key, tensor in owned_tensors(adapter)}
     if adapter.config.saves_shared:
         shared, keys = bank.projections_of(adapter).tensors, shared_keys(adapter.kind)
         state.update((keys[name], tensor) for name, tensor in shared.items())
@@ -91,6 +97,7 @@ def load_adapter_state_dict(
             values or not finite. Nothing is changed then.
     """
     bank = _bank_to_load_into(model, adapter_name)
+    at_rest(model)
     adapter, source = bank.adapter(adapter_name), f"the state given for adapter {adapter_name!r}"
     pair, expected = bank.projections_of(adapter), dict(owned_tensors(adapter))
     state = _plain_state(state, source)
@@ -107,10 +114,11 @@ def load_adapter_state_dict(
         check_finite(values, source)
     with torch.no_grad():
         for key, tensor in expected.items():
-            tensor.copy_(values[key])
+            put(values[key], tensor)
 
 
 def _bank_to_load_into(model: nn.Module, adapter_name: str) -> AdapterBank:
+    model = unwrapped(model)
     bank = require_adapted(model)
     check_known(adapter_name, bank.adapters)
     if adapter_name in bank.merged:

@@ -20,6 +20,7 @@ from vera_fx.errors import AdapterError, CheckpointError, VeraFxError, first_lin
 from vera_fx.files import aside, flush, flush_folder, identity, make_folder, put_away, remove, sweep
 from vera_fx.graphs.runtime import require_adapted
 from vera_fx.mixing.check import STORE
+from vera_fx.processes.wrapped import unwrapped
 
 
 @dataclass(slots=True)
@@ -75,7 +76,7 @@ class AdapterStore:
             AdapterError: the model is not adapted, or the capacity is no positive number.
             CheckpointError: the folder cannot be made.
         """
-        self._bank = require_adapted(model)
+        self._bank = require_adapted(model := unwrapped(model))
         if not isinstance(capacity, int) or isinstance(capacity, bool) or capacity < 1:
             raise AdapterError(f"capacity must be a positive whole number, got {capacity!r}")
         self.folder, self.capacity = path_of(folder), capacity
@@ -225,10 +226,9 @@ class AdapterStore:
         return self.folder / name
 
     def _unknown(self, name: str) -> AdapterError:
-        known = self.names()
+        hint = nearest(name, known := self.names()) or f"; known: {listing(known)}"
         return AdapterError(
-            f"there is no adapter called {name!r} in {self.folder}, or it was deleted"
-            f"{nearest(name, known) or f'; known: {listing(known)}'}"
+            f"there is no adapter called {name!r} in {self.folder}, or it was deleted{hint}"
         )
 
     def _get(self, name: str) -> Packed:

@@ -13,6 +13,7 @@ from vera_fx._torch import tree_flatten
 from vera_fx.bank.bank import AdapterBank
 from vera_fx.bank.names import one_adapter
 from vera_fx.base.modules import base_modules
+from vera_fx.base.sharding import has_sharded
 from vera_fx.capturing.returned_objects import is_stateful
 from vera_fx.capturing.signature import Call
 from vera_fx.errors import CaptureError, ExportError, listing, nearest
@@ -27,6 +28,7 @@ from vera_fx.graphs.runtime import require_adapted, runtime_of
 from vera_fx.mixing.rows_of_call import row_count
 from vera_fx.passes import GraphPass
 from vera_fx.pipelines import run_pipeline
+from vera_fx.processes.wrapped import unwrapped
 
 
 @renamed(adapter="adapter_name")
@@ -80,6 +82,7 @@ def export_call(
     passes: Sequence[GraphPass] = (),
 ) -> ExportedProgram:
     """`export_program`, with further passes over the graph that is exported."""
+    model = unwrapped(model)
     bank = require_adapted(model)
     if form not in FORMS:
         raise ExportError(
@@ -109,6 +112,11 @@ def export_call(
 
 
 def _check_state(model: nn.Module, bank: AdapterBank) -> None:
+    if has_sharded(model):
+        raise ExportError(
+            "this model is sharded (fully_shard), and a program holds whole weights; save the adapter, load "
+            "it onto a base in one process, and export that"
+        )
     if bank.merged:
         raise ExportError(
             f"adapters {listing(bank.merged)} are merged into the base weights; unmerge the model "

@@ -19,6 +19,7 @@ from vera_fx.export.files import constant_name, fit_vectors, manifest_of, target
 from vera_fx.export.projections import describe, drawn_sizes
 from vera_fx.graphs.runtime import require_adapted
 from vera_fx.mixing.check import BASE
+from vera_fx.processes.wrapped import unwrapped
 from vera_fx.products.kinds import place_of
 
 
@@ -46,6 +47,7 @@ def program_vectors(
         ExportError: an adapter's targets, rank or projections are not those of ``program``; or a list
             was given for a program of another form than ``"rows"``.
     """
+    model = unwrapped(model)
     bank = require_adapted(model)
     manifest = None if program is None else manifest_of(program)
     if adapter_names is None or isinstance(adapter_names, str):

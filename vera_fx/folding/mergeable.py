@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vera_fx.bank.adapter import Adapter
 from vera_fx.bank.bank import AdapterBank
 from vera_fx.base.hf import unset_tied
+from vera_fx.base.sharding import all_agree, cut, local_part, whole
 from vera_fx.errors import AdapterError, listing
 from vera_fx.graphs.runtime import require_adapted
 from vera_fx.products.kinds import kind_of, weight_of
@@ -213,7 +214,7 @@ def deltas(
         module, weight = adapter.vectors_at(path), weight_of(model, path)
         if module is not None:
             own = module.tensors if vectors is None else vectors[path]
-            devices = {name: tensor.to(weight.device) for name, tensor in own.items()}
+            devices = {name: whole(tensor).to(weight.device) for name, tensor in own.items()}
             found[path] = weight, functools.partial(_delta, adapter, weight, shared | devices)
     return found
 
@@ -222,18 +223,19 @@ def _delta(adapter: Adapter, weight: Tensor, tensors: Mapping[str, Tensor]) -> T
     """In float32 at least: it is rounded once, when it is added."""
     with torch.no_grad():
         wide = {n: t.to(torch.promote_types(t.dtype, torch.float32)) for n, t in tensors.items()}
-        return adapter.kind.maths.delta(wide, weight.shape[1], lambda: weight)
+        return adapter.kind.maths.delta(wide, weight.shape[1], lambda: whole(weight))
 
 
 def _check_finite(model: nn.Module, bank: AdapterBank, names: Iterable[str]) -> None:
     totals: dict[int | str, Tensor] = {}
     for name in names:
         for path, (weight, delta) in deltas(model, bank, bank.adapter(name)).items():
+            held = local_part(weight.detach())
             # Tied weights are one tensor; what is computed is another one at every turn.
-            key = weight.data_ptr() if bank.structure.targets[path].product.layout else path
-            total = totals.get(key, weight.detach()) + delta()
+            key = held.data_ptr() if bank.structure.targets[path].product.layout else path
+            total = totals.get(key, held) + cut(delta(), weight)
             totals[key] = total.to(weight.dtype)
-            if not torch.isfinite(total.to(weight.dtype)).all():
+            if not all_agree(bool(torch.isfinite(total.to(weight.dtype)).all()), weight):
                 raise _not_finite(name, " (merge with safe=False to do it anyway)")
 
 

@@ -10,6 +10,7 @@ from vera_fx.bank.adapter import Adapter, Folded
 from vera_fx.bank.bank import AdapterBank
 from vera_fx.bank.build import attribute_of
 from vera_fx.bank.names import check_known
+from vera_fx.base.sharding import at_rest, cut, local_part
 from vera_fx.errors import AdapterError
 from vera_fx.folding.mergeable import (
     Change,
@@ -23,6 +24,7 @@ from vera_fx.folding.mergeable import (
 )
 from vera_fx.folding.requantising import check_coarse, is_called, put_back, rewrite, tell_loss
 from vera_fx.graphs.runtime import require_adapted
+from vera_fx.processes.wrapped import unwrapped
 
 
 @renamed(names="adapter_names")
@@ -55,8 +57,10 @@ def merge(
     Warns:
         RequantisedWarning: weights were quantised again, with how much of the change that lost.
     """
+    model = unwrapped(model)
     bank = require_adapted(model)
     with bank.slots.lock:
+        at_rest(model, everything=True)
         check_enabled(bank)
         todo = _to_merge(bank, adapter_names)
         check_ties(bank, todo)
@@ -87,8 +91,10 @@ def unmerge(model: nn.Module) -> None:
     Raises:
         AdapterError: the model is not adapted.
     """
+    model = unwrapped(model)
     bank = require_adapted(model)
     with bank.slots.lock:
+        at_rest(model, everything=True)
         if bank.enabled:  # otherwise they are out already
             suspend(model, bank)
         bank.folded.clear()
@@ -150,7 +156,7 @@ def _fold(model: nn.Module, bank: AdapterBank, name: str, *, exact: bool) -> Fol
 
 def _add(changes: Mapping[str, Change], *, sign: int = 1) -> None:
     for weight, delta in changes.values():
-        weight.data.add_(delta().to(weight.device), alpha=sign)
+        local_part(weight.data).add_(cut(delta(), weight).to(weight.device), alpha=sign)
 
 
 def _replace(model: nn.Module, adapter: Adapter, folded: Folded) -> Iterator[str]:

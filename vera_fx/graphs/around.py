@@ -74,6 +74,7 @@ def prepare(
         return None
     mix = _mix_for(model, call, names)
     ready, switches = runtime.ready(model, call, mix)
+    runtime.reduced.check(model)
     if mix is not None and ready is not None:
         if ready.refused:
             mix.check(ready.refused)

@@ -16,7 +16,7 @@ from vera_fx._context import (
     class_made_of,
     current_run,
     is_capturing,
-    remembered_run,
+    remembered,
     traced_by_others,
 )
 from vera_fx._torch import in_backward, skip_frame
@@ -70,19 +70,35 @@ def _forward_for(base: type[nn.Module]) -> Callable[..., Any]:
         run = current_run()
         if run is None and in_backward():
             # A checkpoint computes the part once more, and wants the tensors that its graph kept.
-            run = remembered_run(self)
-        if run is None or is_capturing() or traced_by_others():
+            again = remembered(self, "run")
+            run = None if again is None else again()
+        if is_capturing() or traced_by_others():
             return base.forward(self, *args, **kwargs)
-        return run.call(self, base, args, kwargs)
+        if run is not None:
+            return run.call(self, base, args, kwargs)
+        start = remembered(self, "start")
+        return (
+            base.forward(self, *args, **kwargs)
+            if start is None
+            else start(self, base, (args, kwargs))
+        )
 
     return forward
 
 
-def split(model: nn.Module, parts: Parts, entry: str, reason: str, *, hooks: bool = False) -> None:
+def split(
+    model: nn.Module,
+    parts: Parts,
+    entry: str,
+    reason: str,
+    *,
+    hooks: bool = False,
+    quiet: bool = False,
+) -> None:
     """Note that the module at ``entry`` runs in Python, and make parts of what it calls.
 
     Warns:
-        PartialCaptureWarning: once for each path.
+        PartialCaptureWarning: once for each path, if not ``quiet``: where it is as it should be.
     """
     if entry in parts.reasons:
         return
@@ -95,6 +111,8 @@ def split(model: nn.Module, parts: Parts, entry: str, reason: str, *, hooks: boo
         if not is_extended(module, PART):
             module.__class__ = part_class(type(module))
     _note_entries(model, bank_of(model))
+    if quiet:
+        return
     name = f"{entry!r} in {type(model).__name__}" if entry else type(model).__name__
     warnings.warn(
         f"{name} cannot be captured whole and runs in Python: {reason}\n"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vera_fx.bank.adapter import Adapter
 from vera_fx.bank.bank import AdapterBank, bank_of
+from vera_fx.base.sharding import has_sharded
 from vera_fx.graphs.machine import autocast_state, costs_of, multiplies_well
 from vera_fx.graphs.timing import TimedCosts
 from vera_fx.passes import (
@@ -30,6 +31,12 @@ from vera_fx.products.kinds import place_of
 
 _HALF = (torch.float16, torch.bfloat16)
 
+
+_OURS = ("auto", "memory", "timed")
+"""Requests that leave the choice to the chooser."""
+
+_FOLDING = ("merged", "dense")
+"""Plans that keep a weight of full size for the backward: what a sharded model is to do without."""
 
 _KEPT = 512
 """Choices that a planner keeps: one for each number of tokens and workload."""
@@ -125,15 +132,20 @@ def workload(
     known, (_, device) = bank.slots.work, _place(model)
     requests = set(known.requests)
     in_train_mode = any(training.get(path) for path in bank.structure.targets)
+    request = requests.pop() if len(requests) == 1 else "auto"
+    trains = trains and known.trains
+    plans = _common_plans(adapters)
+    if trains and request in _OURS and has_sharded(model):
+        plans = tuple(plan for plan in plans if plan not in _FOLDING)
     return Workload(
         ranks=known.ranks,
-        trains=trains and known.trains,
+        trains=trains,
         slow_half=dtype in _HALF and not multiplies_well(dtype, device),
         narrow=dtype == torch.float16,
         itemsize=dtype.itemsize,
         restricted=_restriction(adapters, in_train_mode),
-        request=requests.pop() if len(requests) == 1 else "auto",
-        plans=_common_plans(adapters),
+        request=request,
+        plans=plans,
         device=costs_of(device),
     )
 

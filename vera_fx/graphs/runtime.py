@@ -12,6 +12,7 @@ from vera_fx.bank.build import follow
 from vera_fx.bank.hooks import EagerHook
 from vera_fx.bank.slots import open_ranks
 from vera_fx.base.modules import ADAPTED, PART, in_bank, is_extended, original_class
+from vera_fx.base.sharding import SHARDED, is_sharded
 from vera_fx.capturing.export_call import Capture, capture_call
 from vera_fx.capturing.signature import Call, CallReader
 from vera_fx.capturing.state_watch import StateWatch
@@ -22,6 +23,7 @@ from vera_fx.graphs.kept import Kept, Ready
 from vera_fx.graphs.machine import surroundings
 from vera_fx.graphs.parts import Parts, split
 from vera_fx.mixing.mixer import Mix
+from vera_fx.processes.reduced import Reduced
 from vera_fx.products.kinds import place_of
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ class Runtime:
         kept: its captures, and the graphs of known calls.
         entries: runtimes for calls of parts of the model, by path.
         parts: what of the model runs in Python; the same for all entries.
+        reduced: which parameters a wrapper around the model reduces; the same for all entries.
     """
 
     def __init__(self, model: nn.Module, entry: str = "", whole: "Runtime | None" = None) -> None:
@@ -48,6 +51,7 @@ class Runtime:
         self._forward = _entry_forward(model, entry)[1]
         self._entry, self.parts = entry, whole.parts if whole else Parts()
         self.watch = whole.watch if whole else StateWatch(_modules_of(model), EagerHook)
+        self.reduced = whole.reduced if whole else Reduced()
         self.entries: dict[str, Runtime] = {}
         self.kept = Kept()
         self._followed = _NONE
@@ -120,13 +124,17 @@ class Runtime:
         if not inside and not any_global_hook():
             self.parts.forget_hooks(self._entry)
             return False
-        where = f"{inside[0]!r}" if inside else "all modules"
+        users = [path for path in inside if not is_sharded(model.get_submodule(path))]
+        sharded = bool(inside) and not users
+        where = f"{users[0]!r}" if users else "all modules"
         reason = (
-            f"a hook is registered on {where}, and graphs call no modules; remove it to run one"
+            SHARDED
+            if sharded
+            else f"a hook is registered on {where}, and graphs call no modules; remove it to run one"
         )
         if mixed:
             raise CaptureError(f"adapter_names needs the call as one graph, but {reason}")
-        split(model, self.parts, self._entry, reason, hooks=True)
+        split(model, self.parts, self._entry, reason, hooks=True, quiet=sharded)
         return True
 
     def read(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
@@ -232,10 +240,8 @@ def require_adapted(model: nn.Module) -> AdapterBank:
             "calls it; give the adapted model itself, whose report names its parts"
         )
     if not is_extended(model, ADAPTED):
-        hint = "you passed the compiled wrapper; pass the model that was given to torch.compile"
         raise AdapterError(
-            f"this {type(model).__name__} is not adapted; "
-            + (hint if hasattr(model, "_orig_mod") else "call vera_fx.adapt(model, config) first")
+            f"this {type(model).__name__} is not adapted; call vera_fx.adapt(model, config) first"
         )
     return bank_of(model)
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from vera_fx._torch import normal_tensors
 from vera_fx.bank.adapter import Adapter
@@ -13,6 +14,7 @@ from vera_fx.bank.build import build_adapter, draw, install, unhook
 from vera_fx.bank.names import check_name
 from vera_fx.base.hf import allow_training, refuse_training, register_types
 from vera_fx.base.modules import BANK, base_modules
+from vera_fx.base.sharding import has_sharded
 from vera_fx.base.targets import resolve_targets
 from vera_fx.branches.kinds import KINDS, config_from, is_config
 from vera_fx.config import AdapterConfig
@@ -23,7 +25,9 @@ from vera_fx.graphs.around import prepare
 from vera_fx.graphs.parts import restore_parts
 from vera_fx.graphs.runtime import require_adapted, runtime_of
 from vera_fx.model.containers import place_bank, remove_bank
+from vera_fx.model.entries import make_entries
 from vera_fx.model.model_class import extend, is_adapted, restore_class
+from vera_fx.processes.wrapped import unwrapped
 from vera_fx.products.kinds import allow_packing, keep_gradients
 
 M = TypeVar("M", bound=nn.Module)
@@ -94,6 +98,7 @@ def adapt_with(
         allow_training(model)
         bank.unpacked = keep_gradients(model)
         extend(model)
+        make_entries(model)
     except BaseException:
         _detach(model, bank)
         raise
@@ -110,6 +115,7 @@ def check_adaptable(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model must be a torch.nn.Module, got a {type(model).__name__}")
     _check_not_pefts(model)
+    _check_not_reduced(model)
     if hasattr(model, "_orig_mod"):
         raise AdapterError(
             "this is the wrapper that torch.compile made; adapt the model that was given to "
@@ -135,6 +141,15 @@ def check_adaptable(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
             "as accelerate's); adapt the model before it is wrapped"
         )
     return config
+
+
+def _check_not_reduced(model: nn.Module) -> None:
+    if isinstance(model, DistributedDataParallel):
+        raise AdapterError(
+            "this is a DistributedDataParallel, which reduces the gradients of those parameters alone "
+            "that trained when it was made; adapt the model first and wrap it then: "
+            "DistributedDataParallel(vera_fx.adapt(wrapper.module, config))"
+        )
 
 
 def _check_not_pefts(model: nn.Module) -> None:
@@ -192,6 +207,7 @@ def capture(model: nn.Module, *args: Any, **kwargs: Any) -> None:
         AdapterError: the model is not adapted.
         TargetError: a target is used in a way that cannot be adapted.
     """
+    model = unwrapped(model)
     require_adapted(model)
     prepare(model, args, kwargs)
 
@@ -206,6 +222,7 @@ def refresh(model: nn.Module) -> None:
     Raises:
         AdapterError: the model is not adapted.
     """
+    model = unwrapped(model)
     require_adapted(model)
     runtime_of(model).watch.refresh()
 
@@ -214,7 +231,7 @@ def unload(model: M, *, merge: bool = False, safe: bool = True) -> M:
     """Give the model its original class back and take the bank off it.
 
     Args:
-        model: an adapted model.
+        model: an adapted model; it is returned, out of whatever is wrapped around it.
         merge: fold the active adapters into the base weights first; otherwise the base
             weights are what they were before `adapt`. Either way the parameters that trained
             before `adapt` may train again. Quantised modules become plain ``nn.Linear``s, whose
@@ -224,7 +241,13 @@ def unload(model: M, *, merge: bool = False, safe: bool = True) -> M:
     Raises:
         AdapterError: the model is not adapted.
     """
+    model = unwrapped(model)
     require_adapted(model)
+    if has_sharded(model):
+        raise AdapterError(
+            f"this {type(model).__name__} is sharded (fully_shard), which has changed its class after adapt; "
+            "save the adapter and load the base anew, or merge(model) and go on with it as it is"
+        )
     if merge:
         merge_for_good(model, safe=safe)
     else:

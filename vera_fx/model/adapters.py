@@ -13,6 +13,7 @@ from vera_fx.bank.bank import AdapterBank, rest, wake
 from vera_fx.bank.blueprint import blueprint
 from vera_fx.bank.build import build_adapter, draw, install
 from vera_fx.bank.names import check_known, check_name
+from vera_fx.base.sharding import at_rest
 from vera_fx.base.targets import resolve_targets
 from vera_fx.config import AdapterConfig
 from vera_fx.errors import AdapterError, listing
@@ -20,6 +21,7 @@ from vera_fx.folding.mergeable import check_compatible
 from vera_fx.folding.merging import resume, suspend, unmerge
 from vera_fx.graphs.runtime import require_adapted
 from vera_fx.model.adapt import checked_config
+from vera_fx.processes.wrapped import unwrapped
 
 
 @renamed(name="adapter_name")
@@ -43,7 +45,9 @@ def add_adapter(
             adapter would start from copies of base modules while others are merged into the base.
         TargetError: the targets do not fit the model.
     """
+    model = unwrapped(model)
     bank = require_adapted(model)
+    at_rest(model)
     with bank.slots.lock:
         check_name(adapter_name, bank.adapters)
         config = config or _first_config(bank)
@@ -79,7 +83,9 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     Raises:
         AdapterError: there is no such adapter, or it is merged.
     """
+    model = unwrapped(model)
     bank = require_adapted(model)
+    at_rest(model)
     with bank.slots.lock:
         check_known(adapter_name, bank.adapters)
         if adapter_name in bank.merged:
@@ -105,7 +111,9 @@ def set_adapter(model: nn.Module, adapter_names: str | Sequence[str]) -> None:
     Raises:
         AdapterError: an unknown name, or two adapters that each bring their own copy of one module.
     """
+    model = unwrapped(model)
     bank = require_adapted(model)
+    at_rest(model)
     wanted = (
         (adapter_names,) if isinstance(adapter_names, str) else tuple(dict.fromkeys(adapter_names))
     )
@@ -139,7 +147,9 @@ def set_trainable(
     Raises:
         AdapterError: an unknown name; nothing is changed then.
     """
+    model = unwrapped(model)
     bank = require_adapted(model)
+    at_rest(model)
     chosen = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
     with bank.slots.lock:
         for name in chosen:
@@ -153,13 +163,14 @@ def set_trainable(
 
 def active_adapters(model: nn.Module) -> list[str]:
     """Names of the active adapters; empty inside `disable_adapters`."""
+    model = unwrapped(model)
     bank = require_adapted(model)
     return list(bank.active) if bank.enabled else []
 
 
 def adapter_names(model: nn.Module) -> list[str]:
     """Names of all adapters, in the order they were added."""
-    return list(require_adapted(model).adapters)
+    return list(require_adapted(unwrapped(model)).adapters)
 
 
 @contextlib.contextmanager
@@ -170,6 +181,7 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     copies require no gradients inside. Merged adapters are taken out of the weights for the block and
     merged again after it; inside, adapters may be set, added and deleted, but not merged.
     """
+    model = unwrapped(model)
     bank = require_adapted(model)
     _disable(model, bank)
     try:
@@ -179,6 +191,7 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
 
 
 def _disable(model: nn.Module, bank: AdapterBank) -> None:
+    at_rest(model)
     with bank.slots.lock:
         if not bank.disabled:
             suspend(model, bank)
@@ -188,6 +201,7 @@ def _disable(model: nn.Module, bank: AdapterBank) -> None:
 
 
 def _enable(model: nn.Module, bank: AdapterBank) -> None:
+    at_rest(model)
     with bank.slots.lock:
         bank.disabled -= 1
         if not bank.disabled:

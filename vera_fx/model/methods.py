@@ -6,9 +6,10 @@ from typing import Any
 from torch import nn
 
 from vera_fx.model.generation import generation_methods
+from vera_fx.processes.broadcast import broadcast_methods
 
 Maker = Callable[[type[nn.Module]], dict[str, Any]]
-_MAKERS: list[Maker] = [generation_methods]
+_MAKERS: list[Maker] = [generation_methods, broadcast_methods]
 
 
 def also(maker: Maker) -> None:

@@ -12,6 +12,7 @@ from vera_fx.base.modules import ADAPTED, extended_class, is_extended, original_
 from vera_fx.errors import AdapterError
 from vera_fx.graphs.around import finish, prepare, run, transformed
 from vera_fx.model.containers import container_methods
+from vera_fx.model.entries import make_entries
 from vera_fx.model.methods import methods_for
 from vera_fx.model.python_run import run_in_python
 
@@ -23,7 +24,11 @@ def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
 
 def _extended(base: type[nn.Module]) -> type[nn.Module]:
     methods = {"forward": _forward_for(base), "extra_repr": _extra_repr, "__reduce_ex__": _reduce}
-    methods |= {"__new__": _plain, "_replicate_for_data_parallel": _refuse_replica}
+    methods |= {
+        "__setstate__": _restore,
+        "__new__": _plain,
+        "_replicate_for_data_parallel": _refuse_replica,
+    }
     methods |= methods_for(base) | container_methods(base)
     load = methods.get("_load_from_state_dict", base._load_from_state_dict)
     methods["_load_from_state_dict"] = _checked(load)
@@ -48,6 +53,11 @@ def _extra_repr(self: Any) -> str:
 def _reduce(self: Any, _protocol: Any) -> tuple[Any, ...]:
     # Pickle and deepcopy rebuild the extended class from the original, which is importable.
     return _rebuild, (original_class(self),), self.__getstate__()
+
+
+def _restore(self: Any, state: dict[str, Any]) -> None:
+    original_class(self).__setstate__(self, state)
+    make_entries(self)
 
 
 def _plain(cls: type[nn.Module], *args: Any, **kwargs: Any) -> nn.Module:

@@ -1,5 +1,6 @@
 """Runs the forward of a model that cannot be captured whole; its parts run their graphs."""
 
+import contextlib
 import functools
 import weakref
 from collections.abc import Callable
@@ -7,13 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from vera_fx._context import current_run, remember_run, set_run
+from vera_fx._context import current_run, remember, set_run
 from vera_fx._torch import compiled_by, skip_frame, start_compiling, stop_compiling
 from vera_fx.bank.bank import bank_of
 from vera_fx.base.modules import ADAPTED, is_extended
 from vera_fx.graphs.around import finish, prepare, run
 from vera_fx.graphs.runtime import runtime_of
-from vera_fx.model.weight_watch import WeightWatch, unwatched
+from vera_fx.graphs.weight_watch import WeightWatch, unwatched
 
 
 class PythonRun:
@@ -35,7 +36,7 @@ class PythonRun:
         path = self._paths.get(id(part))
         if path is None:  # of another model
             return base.forward(part, *args, **kwargs)
-        remember_run(part, functools.partial(_again, weakref.ref(self._model)))
+        remember(part, run=functools.partial(_again, weakref.ref(self._model)))
         with unwatched():
             prepared = prepare(self._model, args, dict(kwargs), path)
             if prepared is not None:
@@ -66,10 +67,14 @@ def run_in_python(
     before = current_run()
     try:
         set_run(PythonRun(model, compiler))
-        if not bank_of(model).computing():
-            return forward(model, *args, **kwargs)
-        with WeightWatch(model, bank_of(model)):
+        with watched(model):
             return forward(model, *args, **kwargs)
     finally:
         set_run(before)
         start_compiling(compiler)
+
+
+def watched(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """Inside the block tensors of the targets that compute may be used by their modules only."""
+    bank = bank_of(model)
+    return WeightWatch(model, bank) if bank.computing() else contextlib.nullcontext()

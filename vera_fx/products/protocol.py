@@ -55,7 +55,9 @@ def plain_refusal(weight: object) -> str | None:
         return f"has no weight but a {type(weight).__name__}"
     if torch.nn.parameter.is_lazy(weight):
         return "is lazy; call the model once before adapting it"
-    if type(weight) not in {Tensor, nn.Parameter} or not is_plain_data(weight):
+    # A DTensor is gathered before it is used, or `vera_fx.base.sharding` refuses it.
+    is_plain = type(weight) in {Tensor, nn.Parameter} and is_plain_data(weight)
+    if not is_plain and type(weight).__name__ != "DTensor":
         return (
             f"has a weight of type {type(weight.data).__name__}, whose values only its own library "
             "can read; leave it out of target_modules"

@@ -12,6 +12,7 @@ from vera_fx.capturing.export_call import Capture
 from vera_fx.graphs.runtime import Runtime, require_adapted, runtime_of
 from vera_fx.graphs.variants import Variant
 from vera_fx.passes import Action, PipelineReport, Skip, Target, Why
+from vera_fx.processes.wrapped import unwrapped
 from vera_fx.report.page import html_of
 from vera_fx.report.picture import svg_of
 
@@ -196,6 +197,7 @@ def explain(model: nn.Module) -> Explanation:
     Raises:
         AdapterError: the model is not adapted.
     """
+    model = unwrapped(model)
     bank = require_adapted(model)
     captures = list(runtime_of(model).all_captures())
     return Explanation(

@@ -14,14 +14,16 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from vera_fx._context import holding, modules_inside, now
-from vera_fx._torch import tree_flatten
+from vera_fx._torch import tree_flatten, without_mode
 from vera_fx.bank.bank import AdapterBank, adapted_paths
 from vera_fx.errors import TargetError
 
 
-def unwatched() -> contextlib.AbstractContextManager[None]:
-    """Inside the block every use of every tensor is right."""
-    return holding("unwatched", value=True)
+@contextlib.contextmanager
+def unwatched() -> Iterator[None]:
+    """Inside the block every use of every tensor is right, and costs nothing."""
+    with holding("unwatched", value=True), without_mode(WeightWatch):
+        yield
 
 
 class WeightWatch(TorchFunctionMode):
