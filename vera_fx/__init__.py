@@ -44,6 +44,7 @@ from vera_fx.model.adapters import (
     parameter_summary,
     set_adapter,
     set_trainable,
+    train_adapters,
 )
 from vera_fx.model.merging import merge, unmerge
 from vera_fx.model.methods import also
@@ -104,6 +105,7 @@ __all__ = [
     "set_adapter",
     "set_trainable",
     "to_lora",
+    "train_adapters",
     "unload",
     "unmerge",
 ]
