@@ -44,7 +44,9 @@ def dense(name: str) -> Any:
 
 def gradients(model: Any, call: Any = None) -> dict[str, torch.Tensor]:
     vectors = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    values = torch.autograd.grad((model if call is None else call)(**INPUTS).loss, list(vectors.values()))
+    values = torch.autograd.grad(
+        (model if call is None else call)(**INPUTS).loss, list(vectors.values())
+    )
     return dict(zip(vectors, values, strict=True))
 
 

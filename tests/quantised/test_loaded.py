@@ -31,7 +31,9 @@ def folder(request: Any, tmp_path: Path) -> tuple[Path, BitsAndBytesConfig]:
         "bnb_4bit_compute_dtype": torch.float32,
     }
     kwargs: dict[str, Any] = four if request.param == "4bit" else {"load_in_8bit": True}
-    return tmp_path / "base", BitsAndBytesConfig(**kwargs, llm_int8_skip_modules=["o_proj", "lm_head"])
+    return tmp_path / "base", BitsAndBytesConfig(
+        **kwargs, llm_int8_skip_modules=["o_proj", "lm_head"]
+    )
 
 
 def load(folder: tuple[Path, BitsAndBytesConfig]) -> Any:
