@@ -63,13 +63,17 @@ def merge(
         at_rest(model, everything=True)
         check_enabled(bank)
         todo = _to_merge(bank, adapter_names)
-        check_ties(bank, todo)
         check_mergeable(model, bank, todo, safe=safe)
         check_coarse(model, bank, todo, asked=requantise)
-        check_together(bank, todo)
-        check_compatible(bank, [*bank.merged, *todo], "be merged")
-        check_seen(bank, [*bank.merged, *todo])
+        _check_bank(bank, todo)
         _fold_all(model, bank, todo, keep_base=keep_base)
+
+
+def _check_bank(bank: AdapterBank, todo: Sequence[str]) -> None:
+    check_ties(bank, todo)
+    check_together(bank, todo)
+    check_compatible(bank, [*bank.merged, *todo], "be merged")
+    check_seen(bank, [*bank.merged, *todo])
 
 
 def _fold_all(
