@@ -1,4 +1,4 @@
-"""The few private corners of torch (2.13 to 2.15) that the library needs, each behind one name."""
+"""The few private corners of torch (2.11 to 2.15) that the library needs, each behind one name."""
 
 import contextlib
 import functools
@@ -9,10 +9,12 @@ from typing import Any, ParamSpec, TypeVar, cast
 import torch
 import torch._dynamo
 import torch._inductor.config
+from torch import nn
 from torch._C._dynamo.guards import RootGuardManager, TensorGuards, dict_version
 from torch._dynamo.eval_frame import set_eval_frame, skip_code
 from torch._dynamo.guards import GuardManagerType
 from torch.export.pt2_archive._package import load_pt2
+from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils import _pytree as pytree
@@ -222,3 +224,46 @@ def wants_cuda_graphs() -> bool:
     """True if whatever Inductor compiles is to run as CUDA graphs, whichever mode is asked for."""
     config: Any = torch._inductor.config
     return bool(config.triton.cudagraphs)
+
+
+class Unmarked(nn.Module):
+    """A module whose tensors keep the marks of `ordinary_input`.
+
+    Dynamo marks whatever the ``named_parameters`` and ``named_buffers`` of a module on its way give
+    as staying where it is, unless the module has methods of its own.
+    """
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """As ``nn.Module`` has it."""
+        return super().named_parameters(*args, **kwargs)
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        """As ``nn.Module`` has it."""
+        return super().named_buffers(*args, **kwargs)
+
+
+class LiveGraph(Unmarked, GraphModule):
+    """A graph that reads the modules of a live model."""
+
+
+_ADDRESS = "_dynamo_static_input_type"
+
+
+def ordinary_input(tensor: torch.Tensor) -> None:
+    """Let compiled code take ``tensor`` as it takes the arguments of a call.
+
+    CUDA graphs are recorded for the addresses of parameters and of modules' tensors, and once more for
+    every other address. What is marked here is copied in with each replay instead. The mark is Dynamo's
+    own, empty: there, but saying nothing.
+    """
+    setattr(tensor, _ADDRESS, "")
+
+
+def stays_in_place(tensor: torch.Tensor) -> None:
+    """Let CUDA graphs read and write ``tensor`` where it is, and rely on its address."""
+    torch._dynamo.mark_static_address(tensor)
+
+
+def in_place(tensor: torch.Tensor) -> bool:
+    """Whether CUDA graphs rely on the address of ``tensor``, by its mark."""
+    return bool(getattr(tensor, _ADDRESS, None))

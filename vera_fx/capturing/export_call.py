@@ -16,7 +16,7 @@ from torch.fx import Graph, GraphModule
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.fx.graph import CodeGen
 
-from vera_fx._torch import TreeSpec
+from vera_fx._torch import LiveGraph, TreeSpec
 from vera_fx.base.hf import capture_hint
 from vera_fx.base.modules import BANK
 from vera_fx.capturing.budget import Opening, OutOfTime
@@ -173,7 +173,7 @@ def bind_live(exported: ExportedProgram, model: nn.Module) -> GraphModule:
     graph.set_codegen(CodeGen())
     _drop_constant_inputs(graph)
     live = {*exported.graph_signature.parameters, *exported.graph_signature.buffers}
-    bound = GraphModule(nn.Module(), Graph())
+    bound = LiveGraph(nn.Module(), Graph())
     for name in ("_modules", "_parameters", "_buffers"):
         bound.__dict__[name] = model.__dict__[name]
     if BANK in model.__dict__:
