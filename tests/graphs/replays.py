@@ -6,7 +6,7 @@ copied to where it was when it was recorded, and what comes out stands where it 
 writes to an input which is not static is not recorded at all.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 

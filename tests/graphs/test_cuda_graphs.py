@@ -93,7 +93,9 @@ def trained(recorded: Recorded, names: Any) -> None:
         for gradient, wanted, (key, vector) in zip(found, expected, vectors.items(), strict=True):
             assert_close(gradient, wanted, factor=50, what=f"{name}: {key}")
             with torch.no_grad():
-                vector -= 0.1 * gradient  # in place, as optimisers do: the next replay must see it
+                vector.sub_(
+                    0.1 * gradient
+                )  # in place, as optimisers do: the next replay must see it
 
 
 @pytest.mark.parametrize("plan", ["factored", "scaled", "merged"])

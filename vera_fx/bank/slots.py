@@ -23,7 +23,6 @@ from vera_fx._torch import ordinary_input, stamp
 from vera_fx.base.modules import BANK
 from vera_fx.branches.kinds import KINDS
 
-
 COPIED_BYTES = 64 * 2**20
 """The largest tensor that CUDA graphs copy in, rather than be recorded for its address."""
 
