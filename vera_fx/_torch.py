@@ -14,7 +14,7 @@ from torch._C._dynamo.guards import RootGuardManager, TensorGuards, dict_version
 from torch._dynamo.eval_frame import set_eval_frame, skip_code
 from torch._dynamo.guards import GuardManagerType
 from torch.export.pt2_archive._package import load_pt2
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils import _pytree as pytree
@@ -243,7 +243,23 @@ class Unmarked(nn.Module):
 
 
 class LiveGraph(Unmarked, GraphModule):
-    """A graph that reads the modules of a live model."""
+    """A graph that reads the modules of a live model.
+
+    Attributes:
+        printed: whether its code is that of its graph.
+    """
+
+    printed = False
+
+    def take(self, graph: Graph) -> None:
+        """Own ``graph``, without printing its code yet, which takes longer than most passes."""
+        self.printed, self._graph = False, graph
+        graph.owning_module = self
+
+    def recompile(self) -> Any:
+        """Print the graph's code."""
+        self.printed = True
+        return super().recompile()
 
 
 _ADDRESS = "_dynamo_static_input_type"

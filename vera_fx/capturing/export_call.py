@@ -165,8 +165,8 @@ def _traced(
 def bind_live(exported: ExportedProgram, model: nn.Module) -> GraphModule:
     """The exported graph as a module that reads ``model`` itself.
 
-    The result shares the model's dictionaries of modules, parameters and buffers. Constants that
-    the export lifted out of the code become attributes of its own.
+    The result is not to run before it is recompiled, as a pipeline does at its end. It shares the
+    model's dictionaries of modules, parameters and buffers. Constants that the export lifted out of the code become attributes of its own.
     """
     source = exported.module(check_guards=False)
     graph = cast("Graph", source.graph)
@@ -184,7 +184,7 @@ def bind_live(exported: ExportedProgram, model: nn.Module) -> GraphModule:
             node.target = f"_constant_{node.target.replace('.', '_')}"
             bound.__dict__[node.target] = value
     call_live(graph)
-    bound.graph = graph
+    bound.take(graph)
     return bound
 
 
