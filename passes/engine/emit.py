@@ -49,17 +49,27 @@ def emit(  # noqa: PLR0913 - what a node is takes that many words
 
     def value() -> Any:
         with on_fakes(like, tag.site, target):
-            if shape is None:
-                return target(*map_arg(args, value_of), **(kwargs or {}))
-            return tensor_of(args[0]).new_empty(tuple(shape), dtype=dtype)
+            return _result(target, args, shape, dtype, kwargs)
 
-    key = None if memo is None else memo.key(target, args, shape, dtype, kwargs)
-    node.meta["val"] = value() if memo is None or key is None else memo.value(key, value)
+    memo = memo or Memo()
+    node.meta["val"] = memo.value(memo.key(target, args, shape, dtype, kwargs), value)
     for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
         if key in like.meta:
             node.meta[key] = like.meta[key]
     node.meta[META_KEY] = tag
     return node
+
+
+def _result(
+    target: Callable[..., Any],
+    args: tuple[Any, ...],
+    shape: Sequence[Any] | None,
+    dtype: torch.dtype | None,
+    kwargs: dict[str, Any] | None,
+) -> Any:
+    if shape is None:
+        return target(*map_arg(args, value_of), **(kwargs or {}))
+    return tensor_of(args[0]).new_empty(tuple(shape), dtype=dtype)
 
 
 @contextlib.contextmanager

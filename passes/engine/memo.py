@@ -39,7 +39,9 @@ class Memo:
         return (target, *(self._operand(arg) for arg in args))
 
     def value(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """The value for a key, made once."""
+        """The value for a key, made once; made anew without a key."""
+        if key is None:
+            return make()
         if key not in self._values:
             self._values[key] = make()
         return self._values[key]

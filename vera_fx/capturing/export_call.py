@@ -166,7 +166,8 @@ def bind_live(exported: ExportedProgram, model: nn.Module) -> GraphModule:
     """The exported graph as a module that reads ``model`` itself.
 
     The result is not to run before it is recompiled, as a pipeline does at its end. It shares the
-    model's dictionaries of modules, parameters and buffers. Constants that the export lifted out of the code become attributes of its own.
+    model's dictionaries of modules, parameters and buffers. Constants that the export lifted out of
+    the code become attributes of its own.
     """
     source = exported.module(check_guards=False)
     graph = cast("Graph", source.graph)
