@@ -53,11 +53,12 @@ def emit(  # noqa: PLR0913 - what a node is takes that many words
 
     memo = memo or Memo()
     node.meta["val"] = memo.value(memo.key(target, args, shape, dtype, kwargs), value)
-    for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
-        if key in like.meta:
-            node.meta[key] = like.meta[key]
+    node.meta |= {key: like.meta[key] for key in _PROVENANCE if key in like.meta}
     node.meta[META_KEY] = tag
     return node
+
+
+_PROVENANCE = ("nn_module_stack", "stack_trace", "source_fn_stack")
 
 
 def _result(
