@@ -27,12 +27,23 @@ class Recording:
 
 @dataclass
 class Function:
-    """What Inductor was asked to compile: its graph, and its inputs that must stay in place."""
+    """What Inductor was asked to compile.
+
+    Attributes:
+        graph: of the function.
+        static: numbers of its inputs that must stay in place.
+        backward: whether it is one.
+        written: numbers of its inputs that it writes to.
+        empty: some input has no element, as stand-ins for integers have, which are on the CPU wherever
+            the model is: Inductor records nothing that reads tensors of two devices.
+        recordings: for each set of open sizes.
+    """
 
     graph: GraphModule
     static: list[int]
     backward: bool
     written: list[int]
+    empty: bool
     recordings: dict[Any, list[Recording]] = field(default_factory=dict[Any, list[Recording]])
 
     def recording(self, inputs: Sequence[Any]) -> tuple[Recording, bool]:
@@ -64,14 +75,15 @@ class Replays:
     def __call__(self, graph: GraphModule, inputs: Sequence[Any]) -> Any:
         return compile_fx(graph, inputs, inner_compile=self._compiled)
 
-    def _compiled(self, graph: GraphModule, _inputs: Sequence[Any], **options: Any) -> Any:
+    def _compiled(self, graph: GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
         static = list(options.get("static_input_idxs") or ())
         backward = bool(options.get("is_backward"))
-        function = Function(graph, static, backward, written(graph))
+        empty = any(isinstance(x, Tensor) and not x.numel() for x in inputs)
+        function = Function(graph, static, backward, written(graph), empty)
         self.functions.append(function)
 
-        def call(inputs: list[Any]) -> Any:
-            return self._run(function, inputs)
+        def call(given: list[Any]) -> Any:
+            return self._run(function, given)
 
         call._boxed_call = True
         return call

@@ -150,6 +150,7 @@ def test_decoding_writes_to_a_static_cache_in_place() -> None:
     with recorded.recording(RANKS):
         results = decoded(recorded, ["first", "same", "other rank", "other seed", "same", "first"])
     assert_far_apart(results[0], results[1])
+    assert not any(function.empty for function in recorded.replays.functions)
 
 
 def test_what_is_marked_is_what_makes_the_difference(monkeypatch: pytest.MonkeyPatch) -> None:
