@@ -51,8 +51,8 @@ def emit(  # noqa: PLR0913 - what a node is takes that many words
         with on_fakes(like, tag.site, target):
             return _result(target, args, shape, dtype, kwargs)
 
-    memo = memo or Memo()
-    node.meta["val"] = memo.value(memo.key(target, args, shape, dtype, kwargs), value)
+    key = memo and memo.key(target, args, shape, dtype, kwargs)
+    node.meta["val"] = value() if memo is None else memo.value(key, value)
     node.meta |= {key: like.meta[key] for key in _PROVENANCE if key in like.meta}
     node.meta[META_KEY] = tag
     return node
@@ -145,7 +145,7 @@ class Put:
     ) -> Node:
         """Insert a call; ``shape`` and ``dtype`` as for `emit`, ``facts`` are further ones of `Tag`."""
         tag = Tag(self.made_by, self.site, role, **facts)
-        looks = {"shape": shape, "dtype": dtype, "memo": self.memo}
+        looks: dict[str, Any] = {"shape": shape, "dtype": dtype, "memo": self.memo}
         return emit(self.gm, target, args, like=self.like, tag=tag, **looks)
 
     def attribute(self, path: str) -> Node:

@@ -1,7 +1,7 @@
 """What a pass finds out once for all sites at which it inserts the same."""
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.fx import Graph, Node
@@ -62,7 +62,7 @@ class Memo:
 
     def _operand(self, arg: Any) -> Hashable:
         if not isinstance(arg, Node):
-            return type(arg), arg
+            return cast("Hashable", (type(arg).__name__, arg))
         value = value_of(arg)
         self._operands[id(value)] = value  # for as long as its number is part of a key
         return "value", id(value)
@@ -72,4 +72,4 @@ _PLAIN = (Node, int, float, bool, str, type(None), torch.dtype)
 
 
 def _size(size: Any) -> Hashable:
-    return size.node.expr if isinstance(size, torch.SymInt) else size
+    return cast("Any", size).node.expr if isinstance(size, torch.SymInt) else size
