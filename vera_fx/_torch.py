@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import FunctionType  # noqa: TC003
 from typing import Any, ParamSpec, TypeVar, cast
@@ -13,6 +14,7 @@ from torch import nn
 from torch._C._dynamo.guards import RootGuardManager, TensorGuards, dict_version
 from torch._dynamo.eval_frame import set_eval_frame, skip_code
 from torch._dynamo.guards import GuardManagerType
+from torch._dynamo.variables.builder import is_dynamic_source
 from torch.export.pt2_archive._package import load_pt2
 from torch.fx import Graph, GraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -283,3 +285,12 @@ def stays_in_place(tensor: torch.Tensor) -> None:
 def in_place(tensor: torch.Tensor) -> bool:
     """Whether CUDA graphs rely on the address of ``tensor``, by its mark."""
     return bool(getattr(tensor, _ADDRESS, None))
+
+
+def dynamic_source(pattern: str, dim: int) -> str:
+    """The entry of ``torch.compiler.config.dynamic_sources`` that opens a dimension of what is read.
+
+    Before torch 2.13 an entry opens all dimensions.
+    """
+    by_dim = "dim" in inspect.signature(is_dynamic_source).parameters
+    return f"{pattern}:{dim}" if by_dim else pattern
