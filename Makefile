@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 DATA = examples/data/sentiment
 
-.PHONY: demo sweep server load test fuzz test-all test-executorch test-quantised test-trl families mutation lint types bench gpu clean
+.PHONY: demo sweep server load test test-torch fuzz test-all test-executorch test-quantised test-trl families mutation lint types bench gpu clean
 
 # One stamp per set of extras; they share the virtual environment.
 $(VENV)/.%: pyproject.toml constraints.txt
@@ -32,6 +32,19 @@ load: $(VENV)/.server
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+# The suite under another torch, in a virtual environment of its own. What a registry has for a version may be
+# the CUDA build alone: then this fetches 3 GB, and the tests run on the CPU all the same.
+VERSION ?= 2.12.1
+OTHER = .venv-torch-$(VERSION)
+
+test-torch:
+	mkdir -p build
+	grep -vE '^(torch|torchvision|timm)==' constraints.txt > build/constraints-other-torch.txt
+	test -x $(OTHER)/bin/python || $(PYTHON) -m venv $(OTHER)
+	$(OTHER)/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c build/constraints-other-torch.txt torch==$(VERSION) -e ".[test]"
+	$(OTHER)/bin/python -m pytest -n 2 -m "not slow" $(TESTS)
 
 # Mutated adapters, programs and requests, for hours (FUZZ="--minutes 600"); what is found lies in out/fuzz.
 # Then sequences of calls of the public API, another hour.
@@ -88,4 +101,4 @@ gpu: $(VENV)/.test
 	$(BIN)/python -m benchmarks.host --device cuda --layers 12 --output out/gpu_host.json
 
 clean:
-	rm -rf $(VENV) .venv-executorch .venv-quantised .venv-timm build out .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-executorch .venv-quantised .venv-timm .venv-torch-* build out .pytest_cache .ruff_cache .hypothesis

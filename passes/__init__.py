@@ -7,10 +7,10 @@ from vera_fx.passes.contiguous_attention import ContiguousAttention
 from vera_fx.passes.dense_products import DenseProducts
 from vera_fx.passes.drop_idle_dropout import DropIdleDropout
 from vera_fx.passes.drop_metadata_asserts import DropMetadataAsserts
+from vera_fx.passes.engine.emit import Put
 from vera_fx.passes.engine.functions import call_module, recomputed
 from vera_fx.passes.engine.graph import (
     META_KEY,
-    Put,
     Tag,
     module_paths,
     resolve,

@@ -6,7 +6,8 @@ from typing import ClassVar
 import torch
 from torch.fx import GraphModule, Node
 
-from vera_fx.passes.engine.graph import Put, Tag, attribute, node_arg, replace_uses, tensor_of
+from vera_fx.passes.engine.emit import Put, attribute
+from vera_fx.passes.engine.graph import Tag, node_arg, replace_uses, tensor_of
 from vera_fx.passes.engine.protocol import Numerics
 from vera_fx.passes.engine.reports import Action, PassReport, Reason, Rewrite, Skip
 from vera_fx.passes.sites.called_module import called_modules

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from vera_fx.passes.engine.graph import Tag, emit, is_call, resolve, value_of
+from vera_fx.passes.engine.emit import emit
+from vera_fx.passes.engine.graph import Tag, is_call, resolve, value_of
 from vera_fx.passes.engine.protocol import Numerics
 from vera_fx.passes.engine.reports import Action, PassReport, Rewrite
 

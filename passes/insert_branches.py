@@ -10,7 +10,9 @@ from typing import ClassVar
 import torch
 from torch.fx import GraphModule, Node
 
-from vera_fx.passes.engine.graph import Put, replace_uses, tag_of, tensor_of
+from vera_fx.passes.engine.emit import Put
+from vera_fx.passes.engine.graph import replace_uses, tag_of, tensor_of
+from vera_fx.passes.engine.memo import Memo
 from vera_fx.passes.engine.protocol import Numerics
 from vera_fx.passes.engine.reports import Action, PassReport, Reason, Rewrite, Skip
 from vera_fx.passes.sites.find import Site, find_sites
@@ -77,8 +79,10 @@ class InsertBranches:
         search = find_sites(gm, self.targets)
         branches = dict(zip((target.path for target in self.targets), self.branches, strict=True))
         todo = [site for site in search.sites if branches[site.target.path] and not _is_done(site)]
+        memo = Memo()
         for site in todo:
-            _adapt(gm, site, branches[site.target.path])
+            put = Put(gm, _ME, site.name, site.node, memo)
+            _adapt(put, site, branches[site.target.path])
         return PassReport(
             tuple(Rewrite(site.name, Action.BRANCH_ADDED, site.node.name) for site in todo),
             tuple(Skip(path, Reason.NEVER_CALLED) for path in search.uncalled),
@@ -94,17 +98,17 @@ def _is_ours(node: Node) -> bool:
     return tag is not None and tag.made_by == _ME
 
 
-def _adapt(gm: GraphModule, site: Site, branches: Sequence[Branch]) -> None:
+def _adapt(put: Put, site: Site, branches: Sequence[Branch]) -> None:
+    graph = put.gm.graph
     base = total = site.node
     dtype = tensor_of(base).dtype
-    with gm.graph.inserting_after(base):
-        anchor = gm.graph.create_node("call_function", aten.alias.default, (base,))
-    with gm.graph.inserting_before(anchor):
-        put = Put(gm, _ME, site.name, base)
+    with graph.inserting_after(base):
+        anchor = graph.create_node("call_function", aten.alias.default, (base,))
+    with graph.inserting_before(anchor):
         for branch in branches:
             total = _add_branch(put, site, branch, total)
         total = put.cast(total, dtype, role="cast_out")
-    gm.graph.erase_node(anchor)
+    graph.erase_node(anchor)
     replace_uses(base, total, keep=[user for user in base.users if _is_ours(user)])
 
 

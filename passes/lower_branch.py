@@ -6,7 +6,9 @@ from typing import ClassVar
 import torch
 from torch.fx import GraphModule, Node
 
-from vera_fx.passes.engine.graph import Put, Tag, emit, tag_of, tensor_of
+from vera_fx.passes.engine.emit import Put, emit
+from vera_fx.passes.engine.graph import Tag, tag_of, tensor_of
+from vera_fx.passes.engine.memo import Memo
 from vera_fx.passes.engine.protocol import Numerics
 from vera_fx.passes.engine.reports import Action, PassReport, Rewrite
 from vera_fx.passes.sites.inserted import InsertedBranch, erase_unused, input_of, inserted_branches
@@ -83,11 +85,12 @@ class LowerBranch:
     def __call__(self, gm: GraphModule, /) -> PassReport:
         """Lower every branch whose input was cast up."""
         rewrites: list[Rewrite] = []
+        memo = Memo()
         for branch in inserted_branches(gm) if self.enabled else ():
             source = _half_source(branch)
             if source is not None:
                 dtype = tensor_of(source).dtype
-                _lower(gm, branch, source, dtype)
+                _lower(gm, branch, source, memo)
                 name = str(dtype).removeprefix("torch.")
                 rewrites.append(Rewrite(branch.site, Action.PRODUCTS_LOWERED, name))
         return PassReport(tuple(rewrites))
@@ -105,16 +108,17 @@ def _half_source(branch: InsertedBranch) -> Node | None:
     return source if tensor_of(source).dtype in _HALF else None
 
 
-def _lower(gm: GraphModule, branch: InsertedBranch, source: Node, dtype: torch.dtype) -> None:
+def _lower(gm: GraphModule, branch: InsertedBranch, source: Node, memo: Memo) -> None:
+    dtype = tensor_of(source).dtype
     # Dropout stays in float32, so that its masks are PEFT's.
     lowered = None if branch.has_dropout else source
     for product, projection in branch.products:
         with gm.graph.inserting_before(product):
-            put = Put(gm, _ME, branch.site, product)
+            put = Put(gm, _ME, branch.site, product, memo)
             x = lowered or put.cast(input_of(product), dtype, role=f"{_letter(product)}_half")
             A = put.cast(input_of(product, 1), dtype, role=f"{projection}_half", shared=True)
             tag = tag_of(product) or Tag(_ME, branch.site)
-            new = emit(gm, aten.linear.default, (x, A), like=product, tag=tag)
+            new = emit(gm, aten.linear.default, (x, A), like=product, tag=tag, memo=memo)
         product.replace_all_uses_with(new)
         lowered = None
     erase_unused(gm, *(product for product, _ in reversed(branch.products)))

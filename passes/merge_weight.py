@@ -5,7 +5,9 @@ from typing import ClassVar
 
 from torch.fx import GraphModule
 
-from vera_fx.passes.engine.graph import Put, replace_uses, tag_of
+from vera_fx.passes.engine.emit import Put
+from vera_fx.passes.engine.graph import replace_uses, tag_of
+from vera_fx.passes.engine.memo import Memo
 from vera_fx.passes.engine.protocol import Numerics
 from vera_fx.passes.engine.reports import Action, PassReport, Reason, Rewrite, Skip
 from vera_fx.passes.sites.inserted import InsertedBranch, erase_unused, inserted_branches
@@ -70,6 +72,7 @@ class MergeWeight:
         """Merge the sites named by ``through_z`` and ``through_x``."""
         rewrites: list[Rewrite] = []
         skips: list[Skip] = []
+        memo = Memo()
         for branch in inserted_branches(gm):
             if branch.site not in self.through_z | self.through_x:
                 continue
@@ -77,7 +80,8 @@ class MergeWeight:
                 skips.append(Skip(branch.site, reason))
                 continue
             through_z = branch.site in self.through_z
-            _merge(gm, branch, through_z=through_z)
+            put = Put(gm, _ME, branch.site, branch.total, memo)
+            _merge(put, branch, through_z=through_z)
             way = Action.MERGED_THROUGH_Z if through_z else Action.MERGED_THROUGH_X
             rewrites.append(Rewrite(branch.site, way))
         return PassReport(tuple(rewrites), tuple(skips))
@@ -94,13 +98,12 @@ def cannot_merge(branch: InsertedBranch) -> Reason | None:
     return None
 
 
-def _merge(gm: GraphModule, branch: InsertedBranch, *, through_z: bool) -> None:
-    base = branch.total
+def _merge(put: Put, branch: InsertedBranch, *, through_z: bool) -> None:
+    gm, base = put.gm, branch.total
     call = linear_call(base)
     if call is None:
         raise TypeError(f"{base.name} is no linear call")
     with gm.graph.inserting_before(branch.end):
-        put = Put(gm, _ME, branch.site, base)
         merged = branch.kind.merge(put, branch, call, through_z=through_z)
     last = branch.output
     replace_uses(last, merged)

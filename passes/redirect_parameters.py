@@ -5,7 +5,8 @@ from typing import ClassVar
 
 from torch.fx import GraphModule, Node
 
-from vera_fx.passes.engine.graph import Tag, attribute, owner_path
+from vera_fx.passes.engine.emit import attribute
+from vera_fx.passes.engine.graph import Tag, owner_path
 from vera_fx.passes.engine.protocol import Numerics
 from vera_fx.passes.engine.reports import Action, PassReport, Reason, Rewrite, Skip
 

@@ -6,15 +6,8 @@ from typing import Any, ClassVar, cast
 import torch
 from torch.fx import GraphModule, Node
 
-from vera_fx.passes.engine.graph import (
-    Tag,
-    emit,
-    fake_mode_of,
-    first_body_node,
-    is_call,
-    node_arg,
-    tensor_of,
-)
+from vera_fx.passes.engine.emit import emit, fake_mode_of
+from vera_fx.passes.engine.graph import Tag, first_body_node, is_call, node_arg, tensor_of
 from vera_fx.passes.engine.protocol import Numerics, RowError, SiteError
 from vera_fx.passes.engine.reports import Action, PassReport, Rewrite
 from vera_fx.passes.rows.facts import row_facts

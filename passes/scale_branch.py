@@ -5,7 +5,9 @@ from typing import ClassVar
 
 from torch.fx import GraphModule
 
-from vera_fx.passes.engine.graph import Put, replace_uses
+from vera_fx.passes.engine.emit import Put
+from vera_fx.passes.engine.graph import replace_uses
+from vera_fx.passes.engine.memo import Memo
 from vera_fx.passes.engine.protocol import Numerics
 from vera_fx.passes.engine.reports import Action, PassReport, Reason, Rewrite, Skip
 from vera_fx.passes.sites.inserted import InsertedBranch, erase_unused, inserted_branches
@@ -74,20 +76,21 @@ class ScaleBranch:
         """Scale every branch of the named sites."""
         rewrites: list[Rewrite] = []
         skips: list[Skip] = []
+        memo = Memo()
         for branch in inserted_branches(gm):
             if branch.site not in self.sites:
                 continue
             if branch.is_mixed:
                 skips.append(Skip(branch.site, Reason.OTHER_DTYPES))
                 continue
-            _scale(gm, branch)
+            _scale(Put(gm, _ME, branch.site, branch.end, memo), branch)
             rewrites.append(Rewrite(branch.site, Action.BRANCH_SCALED))
         return PassReport(tuple(rewrites), tuple(skips))
 
 
-def _scale(gm: GraphModule, branch: InsertedBranch) -> None:
-    with gm.graph.inserting_before(branch.end):
-        scaled = branch.kind.scale(Put(gm, _ME, branch.site, branch.end), branch)
+def _scale(put: Put, branch: InsertedBranch) -> None:
+    with put.gm.graph.inserting_before(branch.end):
+        scaled = branch.kind.scale(put, branch)
     last = branch.output
     replace_uses(last, scaled)
-    erase_unused(gm, last)
+    erase_unused(put.gm, last)

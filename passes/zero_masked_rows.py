@@ -6,15 +6,8 @@ from typing import ClassVar
 import torch
 from torch.fx import GraphModule, Node
 
-from vera_fx.passes.engine.graph import (
-    Tag,
-    emit,
-    is_call,
-    node_arg,
-    replace_uses,
-    tag_of,
-    tensor_of,
-)
+from vera_fx.passes.engine.emit import emit
+from vera_fx.passes.engine.graph import Tag, is_call, node_arg, replace_uses, tag_of, tensor_of
 from vera_fx.passes.engine.protocol import Numerics
 from vera_fx.passes.engine.reports import Action, PassReport, Reason, Rewrite, Skip
 

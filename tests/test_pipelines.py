@@ -9,7 +9,7 @@ import vera_fx
 from tests.models import MLP
 from vera_fx import pipelines
 from vera_fx.passes import PassReport
-from vera_fx.passes.engine import graph
+from vera_fx.passes.engine import emit
 
 CONFIG = vera_fx.VeraConfig(r=3, target_modules=["lin0", "lin1"], plan="factored")
 
@@ -35,7 +35,7 @@ def test_a_failing_pass_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_node_that_cannot_be_inserted_names_its_site(monkeypatch: pytest.MonkeyPatch) -> None:
-    tensor_of = graph.tensor_of
+    tensor_of = emit.tensor_of
 
     def wrong(node: torch.fx.Node) -> torch.Tensor:
         if "lin1" in str(node.meta.get("vera_fx", "")):
@@ -43,7 +43,7 @@ def test_a_node_that_cannot_be_inserted_names_its_site(monkeypatch: pytest.Monke
         return tensor_of(node)
 
     model = adapted()
-    monkeypatch.setattr(graph, "tensor_of", wrong)
+    monkeypatch.setattr(emit, "tensor_of", wrong)
 
     with pytest.raises(vera_fx.PassError, match=r"failed at 'lin1'.*no such kernel") as caught:
         model(torch.randn(4, 10))

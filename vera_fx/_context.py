@@ -17,7 +17,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar, cast
 import torch
 from torch import nn
 
-from vera_fx._torch import skip_frame
+from vera_fx._torch import dynamic_source, skip_frame
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -203,7 +203,7 @@ def open_dimensions(owner: object, sources: Iterable[tuple[str, int]]) -> None:
     """
     with _lock:
         known = _openers.setdefault(owner, set())
-        entries = tuple(e for s, dim in sources if (e := f"{s}:{dim}") not in known)
+        entries = tuple(e for s, dim in sources if (e := dynamic_source(s, dim)) not in known)
         known.update(entries)
         _count_open(entries, 1)
     if entries:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from torch.fx import GraphModule
 
+from vera_fx._torch import LiveGraph
 from vera_fx.debug import run_options
 from vera_fx.errors import PassError, TargetError
 from vera_fx.passes import (
@@ -31,7 +32,10 @@ def run_pipeline(gm: GraphModule, passes: Sequence[GraphPass], stage: str) -> Pi
         PassError: a pass failed or broke its contract.
     """
     with as_library_errors():
-        return run_passes(gm, passes, run_options(stage))
+        report = run_passes(gm, passes, run_options(stage))
+    if isinstance(gm, LiveGraph) and not gm.printed:
+        gm.recompile()
+    return report
 
 
 @contextlib.contextmanager

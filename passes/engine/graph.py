@@ -1,19 +1,13 @@
 """Small tools that every pass uses: reading nodes, emitting nodes, printing graphs."""
 
-import contextlib
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from operator import getitem
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import Graph, GraphModule, Node
-from torch.fx.node import map_arg
-
-from vera_fx.passes.engine.protocol import EmitError
+from torch.fx import Graph, Node
 
 META_KEY = "vera_fx"
 """Nodes made by a pass carry a `Tag` under this key of ``node.meta``."""
@@ -96,127 +90,6 @@ def resolve(root: object, target: str) -> Any:
     for atom in target.split("."):
         root = getattr(root, atom)
     return root
-
-
-def emit(  # noqa: PLR0913 - what a node is takes that many words
-    gm: GraphModule,
-    target: Callable[..., Any],
-    args: tuple[Any, ...],
-    *,
-    like: Node,
-    tag: Tag,
-    shape: Sequence[Any] | None = None,
-    dtype: torch.dtype | None = None,
-    kwargs: dict[str, Any] | None = None,
-) -> Node:
-    """Insert a call at the graph's current insertion point, with true metadata.
-
-    The metadata comes from running the operator on fake tensors, which takes milliseconds where
-    sizes are open. A caller who knows what the operator returns says it by ``shape``.
-
-    Args:
-        gm: the graph's owner.
-        target: the operator to call.
-        args: its arguments; nodes, constants or nested sequences of them.
-        like: node whose provenance (module stack, source line) the new node inherits.
-        tag: which pass made the node, for which site, in which role.
-        shape: the result's sizes, if they are known.
-        dtype: the result's dtype, with ``shape``; None for that of the first argument.
-        kwargs: keyword arguments of the operator; no nodes.
-    """
-    node = gm.graph.create_node("call_function", target, args, kwargs, name=tag.role or None)
-    with on_fakes(like, tag.site, target):
-        if shape is None:
-            node.meta["val"] = target(*map_arg(args, value_of), **(kwargs or {}))
-        else:
-            node.meta["val"] = tensor_of(args[0]).new_empty(tuple(shape), dtype=dtype)
-    for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
-        if key in like.meta:
-            node.meta[key] = like.meta[key]
-    node.meta[META_KEY] = tag
-    return node
-
-
-@dataclass(frozen=True, slots=True)
-class Put:
-    """Inserts the nodes that a pass makes for one site, at the graph's insertion point.
-
-    Attributes:
-        gm: the graph's owner.
-        made_by: the pass.
-        site: the site's name.
-        like: the site's own node, whose provenance the new nodes inherit.
-    """
-
-    gm: GraphModule
-    made_by: str
-    site: str
-    like: Node
-
-    def __call__(
-        self,
-        target: Callable[..., Any],
-        *args: Any,
-        role: str,
-        shape: Sequence[Any] | None = None,
-        dtype: torch.dtype | None = None,
-        **facts: Any,
-    ) -> Node:
-        """Insert a call; ``shape`` and ``dtype`` as for `emit`, ``facts`` are further ones of `Tag`."""
-        tag = Tag(self.made_by, self.site, role, **facts)
-        return emit(self.gm, target, args, like=self.like, tag=tag, shape=shape, dtype=dtype)
-
-    def attribute(self, path: str) -> Node:
-        """The node that reads the attribute at ``path``."""
-        tag = Tag(self.made_by, self.site, path.rpartition(".")[2])
-        return attribute(self.gm, path, like=self.like, tag=tag)
-
-    def cut(self, node: Node, *, dim: int, size: int, role: str) -> Node:
-        """The first ``size`` entries along a dimension; the whole of it needs no cut."""
-        if tensor_of(node).shape[dim] == size:
-            return node
-        return self(torch.ops.aten.slice.Tensor, node, dim, 0, size, role=role, shared=True)
-
-    def cast(self, node: Node, dtype: torch.dtype, *, role: str, shared: bool = False) -> Node:
-        """The node in another dtype; itself if it has it."""
-        if tensor_of(node).dtype == dtype:
-            return node
-        return self(torch.ops.aten.to.dtype, node, dtype, role=role, shared=shared)
-
-
-@contextlib.contextmanager
-def on_fakes(like: Node, site: str, target: object) -> Generator[None]:
-    """Inside the block operators run on the fake tensors of the graph that ``like`` is of.
-
-    Raises:
-        EmitError: ``target``, which is wanted for ``site``, cannot be run on them.
-    """
-    try:
-        # Open sizes need Python's kernels: without them float16 and bfloat16 fail on torch 2.11.
-        with torch.no_grad(), enable_python_dispatcher(), fake_mode_of(like):
-            yield
-    except Exception as error:
-        raise EmitError(f"{target} cannot be inserted: {error}", site) from error
-
-
-def fake_mode_of(node: Node) -> FakeTensorMode:
-    """The fake-tensor mode that the graph was captured in, read off one of its tensors."""
-    value = tensor_of(node)
-    return cast("FakeTensorMode", value.fake_mode)  # type: ignore[attr-defined]
-
-
-def attribute(gm: GraphModule, target: str, *, like: Node, tag: Tag) -> Node:
-    """The ``get_attr`` node for ``target``, made at the top of the graph on first use."""
-    for node in gm.graph.nodes:
-        if node.op == "get_attr" and node.target == target:
-            return node
-    with gm.graph.inserting_before(first_body_node(gm.graph)):
-        # Not graph.get_attr: it warns about holders that are no submodules, as slots are.
-        node = gm.graph.create_node("get_attr", target)
-    real = resolve(gm, target)
-    node.meta["val"] = fake_mode_of(like).from_tensor(real.detach(), static_shapes=True)
-    node.meta[META_KEY] = tag
-    return node
 
 
 def first_body_node(graph: Graph) -> Node:

@@ -89,7 +89,7 @@ class _Run:
 def run_passes(
     gm: GraphModule, passes: Sequence[GraphPass], options: RunOptions | None = None
 ) -> PipelineReport:
-    """Apply ``passes`` to ``gm`` in order, in place.
+    """Apply ``passes`` to ``gm`` in order, in place. If one changes it, its code is printed after the last.
 
     Raises:
         SiteError: a targeted module is used in a way that no pass can adapt.
@@ -99,6 +99,8 @@ def run_passes(
     _dump(run, "start")
     for graph_pass in passes[: run.options.limit]:
         _run_one(run, graph_pass)
+    if any(record.report.changed for record in run.records):
+        run.gm.recompile()
     return PipelineReport(tuple(run.records))
 
 
@@ -111,7 +113,6 @@ def _run_one(run: _Run, graph_pass: GraphPass) -> None:
         report = graph_pass(run.gm)
         if report.changed:
             run.gm.graph.lint()
-            run.gm.recompile()
     except SiteError:
         raise
     except Exception as error:

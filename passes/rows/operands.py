@@ -9,7 +9,8 @@ from typing import Any, cast
 import torch
 from torch.fx import GraphModule, Node
 
-from vera_fx.passes.engine.graph import Tag, emit, tensor_of
+from vera_fx.passes.engine.emit import emit
+from vera_fx.passes.engine.graph import Tag, tensor_of
 from vera_fx.passes.engine.protocol import SiteError
 from vera_fx.passes.rows.vocabulary import Rows, divided, same, shape_of
 

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch.fx import Node
 
-from vera_fx.passes.engine.graph import Put
+from vera_fx.passes.engine.emit import Put
 from vera_fx.passes.sites.find import Site
 from vera_fx.passes.sites.inserted import InsertedBranch
 from vera_fx.passes.sites.products import BaseCall

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch.fx import GraphModule, Node
 
-from vera_fx.passes.engine.graph import Put, is_call, node_arg
+from vera_fx.passes.engine.emit import Put
+from vera_fx.passes.engine.graph import is_call, node_arg
 
 if TYPE_CHECKING:
     from vera_fx.passes.sites.target import Target

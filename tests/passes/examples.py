@@ -44,7 +44,9 @@ def graph_of(module: nn.Module, *inputs: Tensor) -> GraphModule:
     exported = torch.export.export(
         module, inputs, strict=False, dynamic_shapes=(shapes,) if len(inputs) > 1 else shapes
     )
-    return bind_live(exported, module)
+    bound = bind_live(exported, module)
+    bound.recompile()
+    return bound
 
 
 class Holder(nn.Module):

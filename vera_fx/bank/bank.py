@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from vera_fx._torch import Unmarked
 from vera_fx.bank.adapter import Adapter, Folded
 from vera_fx.bank.projections import Projections, ProjectionSet
 from vera_fx.bank.slot_table import SlotTable, alone
@@ -27,7 +28,7 @@ _DERIVED = re.compile(r"(slot|served)\d+|mixer|rows|store|owner")
 """What is put on a bank for graphs to read, and what others keep there: made of what it holds."""
 
 
-class AdapterBank(nn.Module):
+class AdapterBank(Unmarked):
     """The registry of adapters. Three parts of it have jobs of their own.
 
     Attributes:

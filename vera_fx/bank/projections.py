@@ -98,10 +98,12 @@ class ProjectionSet:
         kept: those that adapters use; the bank's own ``projections``.
         retired: those that no adapter uses any more, in graphs of mixtures until the next graph is
             made, so that none is made for a deletion.
+        alike: whether two of them are or were of one kind and rank, so that compiled code that takes
+            the one takes the other as well.
     """
 
     def __init__(self, kept: nn.ModuleDict) -> None:
-        self.kept = kept
+        self.kept, self.alike = kept, False
         self.retired: dict[str, Projections] = {}
         self._padded: dict[str, tuple[int, dict[str, Tensor]]] = {}
         self._cast: dict[str, tuple[dict[str, Tensor], torch.dtype, dict[str, Tensor]]] = {}
@@ -128,6 +130,8 @@ class ProjectionSet:
             self.retired.pop(key, None)
             set_child(self.kept, key, new)
         self.pair(key).keep(persistent=persistent)
+        sizes = {(pair.kind_name, pair.r) for pair in known.values()}
+        self.alike |= key not in known and (new.kind_name, new.r) in sizes
         return key
 
     def retire(self, used: set[str]) -> None:

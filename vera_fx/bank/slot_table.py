@@ -3,7 +3,7 @@
 import functools
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -11,12 +11,16 @@ from torch import Tensor, nn
 
 from vera_fx.bank.adapter import Adapter, everywhere
 from vera_fx.bank.slots import Binding, Slot, SlotNames, Work
+from vera_fx.branches.kinds import KINDS
 
 if TYPE_CHECKING:
     from vera_fx.bank.bank import AdapterBank
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+SHARED = frozenset(name for kind in KINDS for name in kind.parameters.shared)
+"""Attributes of a slot that hold projections."""
 
 _KEPT = 4096
 """Sets of adapters whose slots are kept."""
@@ -74,6 +78,8 @@ class SlotTable:
             # What is made in inference mode differs from all else to compiled code.
             with torch.inference_mode(mode=False), torch.no_grad():
                 binding = self._kept[names] = self._made(names)
+        if self._bank.shared.alike:
+            _open_shared(binding)
         self.switches += not _reads_alike(self.binding, binding)
         self.binding, self._stale = binding, False
         self.work = self._work(names)
@@ -124,12 +130,17 @@ class SlotTable:
         adapters = [bank.adapter(name) for name in names]
         slots = tuple(Slot(self._values(adapter)) for adapter in adapters)
         # Whoever brings a copy: all are read off the first slot, so that one graph serves all.
-        slots[0].tensors().update(self._copies(adapters))
+        own = {path: tensor for adapter in adapters for path, tensor in adapter.copied.items()}
+        slots[0].tensors().update(self._copies(own))
         union = bank.structure
         layouts = map(_layout, adapters)
         structure = union.number((len(union.targets), *union.base_paths, *layouts))
         dropout = tuple(adapter.config.dropout for adapter in adapters)
-        return Binding(slots, structure, dropout, tuple(self._sources(adapters)), tuple(names))
+        sources = tuple(self._sources(adapters))
+        borrowed = frozenset(self.names.of(*p) for p in union.base_paths if ".".join(p) not in own)
+        binding = Binding(slots, structure, dropout, sources, tuple(names), borrowed)
+        _open_addresses(binding, borrowed)
+        return binding
 
     def _work(self, names: Sequence[str]) -> Work:
         adapters = [self._bank.adapter(name) for name in names]
@@ -154,9 +165,8 @@ class SlotTable:
                 values[self.names.of(path, name)] = _zeros(nothing, size) if own is None else own
         return values
 
-    def _copies(self, adapters: Sequence[Adapter]) -> dict[str, Tensor]:
+    def _copies(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Every tensor that some adapter of the bank replaces: one of these adapters' or the base's."""
-        own = {path: tensor for adapter in adapters for path, tensor in adapter.copied.items()}
         return {
             self.names.of(path, name): own.get(f"{path}.{name}", base)
             for (path, name), base in self._bank.structure.bases()
@@ -179,6 +189,20 @@ class SlotTable:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, lock=threading.RLock())
+
+
+def _open_addresses(binding: Binding, borrowed: Container[str]) -> None:
+    """Mark what differs from one adapter to the next: all but projections and the base's tensors."""
+    for slot in binding.slots:
+        slot.open_addresses(n for n in slot.tensors() if n not in borrowed and n not in SHARED)
+    for slot in binding.served:
+        slot.open_addresses(n for n in slot.tensors() if n not in SHARED)
+
+
+def _open_shared(binding: Binding) -> None:
+    """Mark the projections too, where another adapter has others of the same size."""
+    for slot in (*binding.slots, *binding.served):
+        slot.open_addresses(SHARED.intersection(slot.tensors()))
 
 
 def _reads_alike(old: Binding, new: Binding) -> bool:

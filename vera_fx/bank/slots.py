@@ -11,7 +11,7 @@ they train or not, with zeros and the base's tensors for what they lack.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from operator import is_
 from typing import Any
@@ -20,9 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from vera_fx._context import open_dimensions
-from vera_fx._torch import stamp
+from vera_fx._torch import ordinary_input, stamp
 from vera_fx.base.modules import BANK
 from vera_fx.branches.kinds import KINDS
+
+COPIED_BYTES = 64 * 2**20
+"""The largest tensor that CUDA graphs copy in, rather than be recorded for its address."""
 
 
 class Slot:
@@ -35,13 +38,27 @@ class Slot:
         """The tensors by name."""
         return self.__dict__
 
-    def without_gradients(self) -> "Slot":
-        """The same memory under tensors that require no gradients."""
-        return Slot({name: _frozen(value) for name, value in self.tensors().items()})
+    def without_gradients(self, borrowed: Container[str] = ()) -> "Slot":
+        """The same memory under tensors that require no gradients, and are nobody's but the slot's.
+
+        Args:
+            borrowed: names of tensors that are the base's own.
+        """
+        return Slot({n: _frozen(t, n in borrowed) for n, t in self.tensors().items()})
+
+    def open_addresses(self, names: Iterable[str]) -> None:
+        """Let CUDA graphs copy these in with every replay, so that none is recorded for a switch.
+
+        All but large ones: two copies of a head for a vocabulary would cost a step more than one
+        recording for each adapter costs once.
+        """
+        for name in names:
+            if self.tensors()[name].nbytes <= COPIED_BYTES:
+                ordinary_input(self.tensors()[name])
 
 
-def _frozen(value: Tensor) -> Tensor:
-    if not value.requires_grad:
+def _frozen(value: Tensor, borrowed: bool) -> Tensor:
+    if not (value.requires_grad or borrowed):
         return value
     return nn.Parameter(value.detach(), requires_grad=False)
 
@@ -129,11 +146,12 @@ class Binding:
         dropout: tuple[float, ...] = (),
         sources: tuple[dict[str, Any], ...] = (),
         names: tuple[str, ...] = (),
+        borrowed: frozenset[str] = frozenset(),
     ) -> None:
-        """Args: as the attributes, and the dictionaries of modules that the slots were read from."""
+        """Args: as the attributes; dictionaries of modules that were read; names of the base's own tensors."""
         self.slots, self.structure, self.dropout = slots, structure, dropout
         self.names = names
-        self.served = tuple(slot.without_gradients() for slot in slots)
+        self.served = tuple(slot.without_gradients(borrowed) for slot in slots)
         pairs = (
             (own, slot.tensors()[name])
             for slot_, slot in zip(slots, self.served, strict=True)

@@ -5,9 +5,10 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from vera_fx._context import class_made_of
+from vera_fx._torch import in_place, stays_in_place
 from vera_fx.base.hf_tracing import traceable
 
 
@@ -28,6 +29,27 @@ def register_types(model: nn.Module) -> None:
         from transformers.exporters.exporter_dynamo import register_cache_pytrees_for_model
 
         register_cache_pytrees_for_model(cast("Any", model))
+
+
+def mark_static(cache: Any) -> None:
+    """Let CUDA graphs write to the layers of a static cache where they are.
+
+    Transformers marks what its own code allocates; here a graph has allocated it. Anything else than
+    such a cache stays as it is.
+    """
+    for part in (cache, *(getattr(cache, name, None) for name in _HALVES)):
+        layers = getattr(part, "layers", None)
+        for layer in layers if isinstance(layers, list) else ():
+            keys = getattr(layer, "keys", None)
+            if getattr(layer, "is_compileable", False) and isinstance(keys, Tensor):
+                if in_place(keys):
+                    break  # as every later call finds it
+                for value in vars(layer).values():
+                    if isinstance(value, Tensor):
+                        stays_in_place(value)
+
+
+_HALVES = ("self_attention_cache", "cross_attention_cache")
 
 
 def hides_progress() -> bool:

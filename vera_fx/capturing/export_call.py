@@ -16,7 +16,7 @@ from torch.fx import Graph, GraphModule
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.fx.graph import CodeGen
 
-from vera_fx._torch import TreeSpec
+from vera_fx._torch import LiveGraph, TreeSpec
 from vera_fx.base.hf import capture_hint
 from vera_fx.base.modules import BANK
 from vera_fx.capturing.budget import Opening, OutOfTime
@@ -165,15 +165,16 @@ def _traced(
 def bind_live(exported: ExportedProgram, model: nn.Module) -> GraphModule:
     """The exported graph as a module that reads ``model`` itself.
 
-    The result shares the model's dictionaries of modules, parameters and buffers. Constants that
-    the export lifted out of the code become attributes of its own.
+    The result is not to run before it is recompiled, as a pipeline does at its end. It shares the
+    model's dictionaries of modules, parameters and buffers. Constants that the export lifted out of
+    the code become attributes of its own.
     """
     source = exported.module(check_guards=False)
     graph = cast("Graph", source.graph)
     graph.set_codegen(CodeGen())
     _drop_constant_inputs(graph)
     live = {*exported.graph_signature.parameters, *exported.graph_signature.buffers}
-    bound = GraphModule(nn.Module(), Graph())
+    bound = LiveGraph(nn.Module(), Graph())
     for name in ("_modules", "_parameters", "_buffers"):
         bound.__dict__[name] = model.__dict__[name]
     if BANK in model.__dict__:
@@ -184,7 +185,7 @@ def bind_live(exported: ExportedProgram, model: nn.Module) -> GraphModule:
             node.target = f"_constant_{node.target.replace('.', '_')}"
             bound.__dict__[node.target] = value
     call_live(graph)
-    bound.graph = graph
+    bound.take(graph)
     return bound
 
 

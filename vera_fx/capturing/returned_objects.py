@@ -17,6 +17,7 @@ from vera_fx._torch import (
     tree_map,
     tree_unflatten,
 )
+from vera_fx.base.hf import mark_static
 from vera_fx.capturing.signature import CONSTANTS
 
 
@@ -67,6 +68,7 @@ def _unflatten(leaves: Any, context: tuple[str, TreeSpec]) -> Any:
         return new
     original.__dict__.clear()
     original.__dict__.update(new.__dict__)
+    mark_static(original)
     return original
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.fx import Graph, GraphModule
 
-from vera_fx._torch import skip_frame
+from vera_fx._torch import LiveGraph, skip_frame
 from vera_fx.bank.slots import served_path
 from vera_fx.branches.kinds import kinds_in
 from vera_fx.capturing.export_call import Capture
@@ -101,12 +101,12 @@ def adapt_graph(plan: AdaptationPlan, capture: Capture, choice: Choice) -> Varia
 
 
 def copy_of(bound: GraphModule) -> GraphModule:
-    """A second graph over the same live model."""
-    copy = GraphModule(nn.Module(), Graph())
+    """A second graph over the same live model; not to run before a pipeline or `recompile`."""
+    copy = LiveGraph(nn.Module(), Graph())
     copy.__dict__.update({k: v for k, v in bound.__dict__.items() if k != "_graph"})
     graph = Graph()
     output = graph.graph_copy(bound.graph, {}, return_output_node=True)
     value, old = cast("tuple[Any, Any]", output)
     graph.output(value).meta.update(old.meta)
-    copy.graph = graph
+    copy.take(graph)
     return copy

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.passes.examples import graph_of
-from vera_fx.passes.engine.graph import Put, is_call, tensor_of
+from vera_fx.passes.engine.emit import Put
+from vera_fx.passes.engine.graph import is_call, tensor_of
 from vera_fx.passes.engine.protocol import EmitError
 
 aten = torch.ops.aten
