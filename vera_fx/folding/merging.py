@@ -45,8 +45,7 @@ def merge(
         model: an adapted model.
         adapter_names: adapters to merge; None for the active ones.
         safe: refuse to merge if a result has NaN or infinity, before any weight is changed.
-        keep_base: keep a copy of the weights, so that `unmerge` restores them bit for bit. Without
-            it `unmerge` subtracts, which restores them to rounding.
+        keep_base: keep a copy of the weights, so that `unmerge` restores them bit for bit, not to rounding.
         requantise: merge into weights of 4 bits as well, whose rounding may be larger than what the
             adapter adds. Quantised weights are read, added to and quantised again, as in PEFT; unlike
             there `unmerge` gives back the very weights that were.
@@ -57,8 +56,7 @@ def merge(
     Warns:
         RequantisedWarning: weights were quantised again, with how much of the change that lost.
     """
-    model = unwrapped(model)
-    bank = require_adapted(model)
+    bank = require_adapted(model := unwrapped(model))
     with bank.slots.lock:
         at_rest(model, everything=True)
         check_enabled(bank)
