@@ -45,6 +45,7 @@ from vera_fx.model.adapters import (
     parameter_summary,
     set_adapter,
     set_trainable,
+    train_adapters,
 )
 from vera_fx.model.methods import also
 from vera_fx.model.on_paper import PaperMemory, memory_on_paper
@@ -107,6 +108,7 @@ __all__ = [
     "set_adapter",
     "set_trainable",
     "to_lora",
+    "train_adapters",
     "unload",
     "unmerge",
 ]

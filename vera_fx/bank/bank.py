@@ -37,6 +37,7 @@ class AdapterBank(nn.Module):
         structure: what of the adapters shapes graphs.
         slots: what graphs read.
         active: names of the active adapters, in order; their branches add up.
+        together: the adapters that train in the place of the active ones, each on its own rows.
         folded: the adapters that are merged, in order, and what takes them out of the base again.
         disabled: how many ``disable_adapters`` blocks are open, in all threads.
         resting: inside them, the adapters with parameters that required gradients, and these.
@@ -52,6 +53,7 @@ class AdapterBank(nn.Module):
         self.structure = Structure()
         self.slots = SlotTable(self)
         self.active: tuple[str, ...] = ()
+        self.together: tuple[str, ...] = ()
         self.folded: dict[str, Folded] = {}
         self.disabled = 0
         self.resting: list[tuple[Adapter, list[str]]] = []
@@ -118,16 +120,24 @@ class AdapterBank(nn.Module):
         self.slots.forget_adapter(name)
         set_child(self.adapters, name, None)
         self.shared.retire({cast("Adapter", a).projections for a in self.adapters.values()})
+        self.together = tuple(kept for kept in self.together if kept != name)
         self.activate(kept for kept in self.active if kept != name)
 
     @alone
-    def activate(self, names: Iterable[str]) -> None:
-        """Make exactly these adapters active: they compute, and train if they are trainable."""
-        before, self.active = self.active, tuple(names)
+    def activate(self, names: Iterable[str], together: Iterable[str] | None = None) -> None:
+        """Make exactly these adapters active: they compute, and train if they are trainable.
+
+        Args:
+            names: the adapters.
+            together: those that train instead, each on its own rows; None for the same as before.
+        """
+        before, self.active = (*self.active, *self.together), tuple(names)
+        self.together = self.together if together is None else tuple(together)
+        learning = self.together or self.active
         # All others are frozen already: a switch costs the same however many there are.
-        for name in dict.fromkeys((*before, *self.active)):
+        for name in dict.fromkeys((*before, *self.active, *self.together)):
             if name in self.adapters:
-                self.adapter(name).let_train(allowed=name in self.active, now=self.enabled)
+                self.adapter(name).let_train(allowed=name in learning, now=self.enabled)
         self.bind()
 
     def computing(self) -> tuple[str, ...]:
@@ -181,7 +191,7 @@ class AdapterBank(nn.Module):
         return {n: value for n, value in self.__dict__.items() if not _DERIVED.fullmatch(n)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__({"together": ()} | state)
         if "structure" not in state:
             _take_over(self, state)
 

@@ -71,29 +71,42 @@ def _variants(capture: Capture, structure: "Hashable") -> dict[Any, Variant]:
     return found
 
 
-def mixed(model: nn.Module, capture: Capture, call: Call, mix: Mix) -> Variant:
-    """The variant whose rows may each have another adapter."""
+def mixed(
+    model: nn.Module, capture: Capture, call: Call, mix: Mix
+) -> tuple[Variant, GraphModule]:
+    """The variant whose rows may each have another adapter, and its graph for this call."""
     bank = bank_of(model)
-    if mix.dropout:
-        _refuse_dropout(capture, bank)
+    dropout = _mixed_dropout(capture, bank, mix)
     batched = rows_among(capture.values, call.leaves, len(mix.names))
-    variants = _variants(capture, (mix.mixer.structure, batched))
+    variants = _variants(capture, (mix.mixer.structure, batched, dropout))
     assignment = mixed_assignment(model, bank)
     if assignment not in variants:
         with as_library_errors():
             choice = mixed_choice(model, capture.graph, bank)
-        variants[assignment] = _mixed_variant(mix.mixer, capture, batched, choice)
-    return variants[assignment]
+        variants[assignment] = _mixed_variant(mix.mixer, capture, batched, dropout, choice)
+    variant = variants[assignment]
+    if not torch.is_grad_enabled():
+        return variant, variant.graph
+    sizes = open_sizes(capture.values, call.leaves)
+    return variant, variant.for_call(layer_time(model, sizes))
 
 
 def _mixed_variant(
-    mixer: Mixer, capture: Capture, batched: frozenset[int], choice: Choice
+    mixer: Mixer,
+    capture: Capture,
+    batched: frozenset[int],
+    dropout: tuple[float, ...],
+    choice: Choice,
 ) -> Variant:
     """A graph in which all that can differ from row to row does."""
     refused: dict[str, str] = {}
+
+    def shares(path: str) -> list[float]:
+        return [share * capture.training.get(path, False) for share in dropout]
+
     while True:
         try:
-            variant = adapt_graph(mixer.plan(batched, refused), capture, choice)
+            variant = adapt_graph(mixer.plan(batched, refused, shares), capture, choice)
         except RowError as error:
             refused |= mixer.refused(error.lost)
         else:
@@ -101,13 +114,23 @@ def _mixed_variant(
             return variant
 
 
-def _refuse_dropout(capture: Capture, bank: AdapterBank) -> None:
+def _mixed_dropout(capture: Capture, bank: AdapterBank, mix: Mix) -> tuple[float, ...]:
+    """What each group's branches drop where targets are in train mode; zeros where none is.
+
+    Raises:
+        AdapterError: adapters of one group, which share its products, differ in it.
+    """
     training = [path for path in bank.structure.targets if capture.training.get(path)]
-    if training:
+    known = mix.dropout if training else (0.0,) * len(mix.mixer.groups)
+    found = tuple(share for share in known if share is not None)
+    if len(found) < len(known):
+        rates = {name: adapter.config.dropout for name, adapter in mix.adapters.items()}
         raise AdapterError(
-            f"adapter_names mixes adapters for inference, without vera_dropout, and the target "
-            f"{training[0]!r} is in train mode; call model.eval()"
+            f"adapter_names mixes adapters of different dropout ({rates}), and the target "
+            f"{training[0]!r} is in train mode; adapters that share projections drop elements of one "
+            "input together: give them one rate, or call model.eval()"
         )
+    return found
 
 
 def _choose(model: nn.Module, capture: Capture, call: Call, known: list[Any]) -> Choice:

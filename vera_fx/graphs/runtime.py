@@ -203,8 +203,8 @@ def _ready(
     model: nn.Module, capture: Capture, call: Call, mix: Mix | None
 ) -> tuple[Ready, int | None]:
     if mix is not None:
-        variant = mixed(model, capture, call, mix)
-        return Ready(variant.graph, capture, variant.refused), None
+        variant, graph = mixed(model, capture, call, mix)
+        return Ready(graph, capture, variant.refused), None
     slots = bank_of(model).slots
     with slots.lock:  # a switch would give one structure's key to another's graph
         return Ready(adapted(model, capture, call), capture), slots.switches

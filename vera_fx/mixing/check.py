@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from vera_fx.bank.bank import AdapterBank, bank_of
@@ -10,6 +11,7 @@ from vera_fx.bank.names import BASE
 from vera_fx.bank.packed import Packed
 from vera_fx.base.hf import tokenwise
 from vera_fx.errors import AdapterError, listing, nearest
+from vera_fx.mixing.gather import TableNames
 from vera_fx.mixing.mixer import Mix, Mixer
 
 STORE = "store"
@@ -26,7 +28,8 @@ def mix_of(model: nn.Module, names: Any) -> Mix:
     bank = bank_of(model)
     if not bank.enabled:
         names = [BASE] * len(names)
-    return mixer_of(model).mix(names, stored_of(bank, names))
+    tables = names.tables if isinstance(names, TableNames) else None
+    return mixer_of(model).mix(names, stored_of(bank, names), tables)
 
 
 def mixer_of(model: nn.Module) -> Mixer:
@@ -50,20 +53,31 @@ def check_mixture(model: nn.Module, names: Any) -> None:
     """Refuse names that no mixture can be made of.
 
     Raises:
-        AdapterError: the names are no sequence of known names, the model is in train mode, or
-            adapters are merged.
+        AdapterError: the names are no sequence of known names, adapters are merged, or gradients are
+            taken in train mode and an adapter that may train does not.
     """
     bank = bank_of(model)
-    _check_state(model, bank)
+    _check_state(bank)
     _check_names(bank, names)
+    if model.training and torch.is_grad_enabled() and not isinstance(names, TableNames):
+        _check_training(bank, names)
 
 
-def _check_state(model: nn.Module, bank: AdapterBank) -> None:
-    if model.training:
-        raise AdapterError(
-            "adapter_names mixes adapters for inference, and this model is in train mode; call "
-            "model.eval(), or train one adapter at a time with set_adapter"
-        )
+def _check_training(bank: AdapterBank, names: Sequence[str]) -> None:
+    """No silent training without an adapter: one that may train does, or was said not to."""
+    for row, name in enumerate(names if bank.enabled else ()):
+        if name != BASE and name in bank.adapters:
+            adapter = bank.adapter(name)
+            if adapter.trainable and not adapter.learning:
+                raise AdapterError(
+                    f"adapter_names[{row}] is {name!r}, which may train but does not now, and the model "
+                    "is in train mode; call vera_fx.train_adapters(model, [...]) with all adapters that "
+                    f"are to train, or vera_fx.set_trainable(model, {name!r}, trainable=False) to use it "
+                    "as it is"
+                )
+
+
+def _check_state(bank: AdapterBank) -> None:
     if bank.merged:
         raise AdapterError(
             f"adapter_names cannot be used while {listing(bank.merged)} is merged into the base; "

@@ -9,6 +9,7 @@ from vera_fx.bank.adapter import Adapter
 from vera_fx.bank.bank import AdapterBank, bank_of
 from vera_fx.bank.names import BASE
 from vera_fx.mixing.check import check_mixture, mixer_of
+from vera_fx.mixing.gather import is_learning
 from vera_fx.mixing.kept_names import Held
 from vera_fx.mixing.mixer import Mix, Mixer
 
@@ -54,6 +55,8 @@ def mix_again(model: nn.Module, names: Sequence[str], held: Held) -> Mix:
     check_mixture(model, [name for name in names if name not in held.stored] or [BASE])
     bank, mixer = bank_of(model), mixer_of(model)
     wanted = tuple(names if bank.enabled else [BASE] * len(names))
+    if is_learning(bank):  # a backward may follow, and frees what was gathered
+        return mixer.mix(wanted, held.stored)
     tensors = tuple(_read_by(bank, mixer, wanted, held))
     kept: Kept | None = held.kept
     if kept is not None and kept.still(mixer, wanted, tensors):

@@ -5,8 +5,9 @@ projections, gathered before the call and handed to the graph as an input. So ne
 are in a batch nor how many there are is part of any graph.
 """
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from vera_fx.bank.packed import Group, Packed
 from vera_fx.bank.slots import Slot
 from vera_fx.base.modules import BANK
 from vera_fx.errors import TargetError
+from vera_fx.mixing.gather import Tables, gathered, ready_to_learn, row_of
 from vera_fx.passes import AdaptationPlan, Branch, RowSource, RowVectors, resolve
 
 HOLDER = "rows"
@@ -42,9 +44,9 @@ class Mix:
     tensors: list[Tensor]
 
     @property
-    def dropout(self) -> bool:
-        """True if some adapter in it drops elements of its input in train mode."""
-        return any(adapter.config.dropout for adapter in self.adapters.values())
+    def dropout(self) -> tuple[float | None, ...]:
+        """For each group what its branches drop in train mode; None if adapters in it differ there."""
+        return tuple(self.mixer.dropout(group, self.adapters) for group in self.mixer.groups.values())
 
     def check(self, refused: Mapping[str, str]) -> None:
         """Refuse the mixture if it needs what cannot differ from row to row in a graph.
@@ -99,21 +101,44 @@ class Mixer:
         for full, (path, name) in self.copies.items():
             yield full, resolve(self._bank.structure.homes[path], name)
 
-    def mix(self, names: Sequence[str], stored: Mapping[str, Packed]) -> Mix:
-        """Gather the rows of ``names``; ``stored`` are those that no module of the bank holds."""
+    def mix(
+        self, names: Sequence[str], stored: Mapping[str, Packed], tables: Tables | None = None
+    ) -> Mix:
+        """Gather the rows of ``names``, so that gradients reach the adapters that train.
+
+        Args:
+            names: one per row.
+            stored: those that no module of the bank holds.
+            tables: values to take in the place of the adapters' own, by `Group.table` and by the
+                path of the tensor of which adapters have copies.
+        """
+        tables = tables or {}
         adapters: dict[str, Adapter | Packed] = {
             name: stored.get(name) or self._bank.adapter(name)
             for name in dict.fromkeys(names)
             if name != BASE
         }
-        tensors = [self._gather(group, names, adapters) for group in self.groups.values()]
+        tensors = [
+            self._gather(group, names, adapters, tables.get(group.table))
+            for group in self.groups.values()
+        ]
         copied = {name: adapter.copied for name, adapter in adapters.items()}
         for path, base in self.bases():
             own = {
                 name: found[path].to(base.device) for name, found in copied.items() if path in found
             }
-            tensors.append(torch.stack([own.get(name, base) for name in names]).detach())
-        return Mix(self, names, adapters, tensors)
+            tensors.append(gathered(names, own, base.detach(), tables.get(path)))
+        return Mix(self, names, adapters, ready_to_learn(self._bank, tensors))
+
+    def dropout(self, group: Group, adapters: Mapping[str, Adapter | Packed]) -> float | None:
+        """What the group's branches drop in train mode: the bank's adapters say, or else those named."""
+        bank = self._bank
+        every = {name: bank.adapter(name) for name in bank.adapters} | dict(adapters)
+        for among in (every, adapters):
+            own = {a.config.dropout for a in among.values() if a.projections == group.key}
+            if len(own) <= 1:
+                return own.pop() if own else 0.0
+        return None
 
     def _layout(self, group: Group) -> tuple[object, ...]:
         """What of a group shapes graphs."""
@@ -126,16 +151,16 @@ class Mixer:
         return self._bank.shared.padded(group.key, self._bank.structure.targets)
 
     def _gather(
-        self, group: Group, names: Sequence[str], adapters: Mapping[str, Adapter | Packed]
+        self, group: Group, names: Sequence[str], adapters: Mapping[str, Adapter | Packed], table: Any
     ) -> Tensor:
         like = next(iter(self._shared(group).values()))
         nothing = like.new_zeros(1, dtype=group.dtype).expand(group.width)
         own = {
-            name: _row(group, adapter).to(like.device, group.dtype)
+            name: row_of(group, adapter).to(like.device, group.dtype)
             for name, adapter in adapters.items()
-            if adapter.projections == group.key
+            if adapter.projections == group.key and table is None
         }
-        return torch.stack([own.get(name, nothing) for name in names])
+        return gathered(names, own, nothing, table)
 
     def _fill_holder(self) -> None:
         """Put what graphs read, and stand-ins for what becomes an input, where passes find it."""
@@ -150,16 +175,28 @@ class Mixer:
         values.update((f"copy_{number}", base) for number, (_, base) in enumerate(self.bases()))
         self._bank.__dict__.setdefault(HOLDER, Slot()).tensors().update(values)
 
-    def plan(self, batched: frozenset[int], refused: Container[str] = ()) -> AdaptationPlan:
+    def plan(
+        self,
+        batched: frozenset[int],
+        refused: Container[str] = (),
+        dropout: Callable[[str], Sequence[float]] | None = None,
+    ) -> AdaptationPlan:
         """What the adapting passes need to know.
 
         Args:
             batched: numbers of the graph's inputs that hold one row per index.
             refused: paths of the targets and tensors that the graph is to do without.
+            dropout: for the path of a target, what each group's branch drops there; None for nothing.
         """
         bank, groups = self._bank, self.groups.values()
         branches = tuple(
-            tuple(_branch(group, path) for group in groups if path in group.places)
+            tuple(
+                _branch(group, path, share)
+                for group, share in zip(
+                    groups, dropout(path) if dropout else [0.0] * len(groups), strict=True
+                )
+                if path in group.places
+            )
             if path not in refused
             else ()
             for path in bank.structure.targets
@@ -200,26 +237,12 @@ class Mixer:
             yield f"copies_{number}", tuple(base.shape), base.dtype
 
 
-def _row(group: Group, adapter: Adapter | Packed) -> Tensor:
-    """An adapter's vectors as one row ``(width,)``; zeros, which add nothing, where it has none."""
-    if isinstance(adapter, Packed):
-        return adapter.row_for(group)
-    parts, like = list[Tensor](), next(adapter.vectors.parameters())
-    for path, columns in group.columns():
-        vectors = adapter.vectors_at(path)
-        if vectors is None:
-            parts.append(like.new_zeros(columns[-1][2] - columns[0][1]))
-        else:
-            parts += [vectors.tensors[name].detach() for name, _, _ in columns]
-    return torch.cat(parts)
-
-
-def _branch(group: Group, path: str) -> Branch:
+def _branch(group: Group, path: str, dropout: float) -> Branch:
     number = list(group.places).index(path)
     parameters = group.kind.parameters
     shared = {name: _held(f"{name}_{group.key}") for name in parameters.shared}
     own = {name: _held(f"{name}_{group.key}_{number}") for name in parameters.own}
-    return Branch(group.kind.graph, shared | own)
+    return Branch(group.kind.graph, shared | own, dropout)
 
 
 def _held(attribute: str) -> str:

@@ -127,7 +127,35 @@ def set_adapter(model: nn.Module, adapter_names: str | Sequence[str]) -> None:
                 stacklevel=3,
             )
             unmerge(model)
-        bank.activate(wanted)
+        bank.activate(wanted, together=())
+
+
+def train_adapters(model: nn.Module, adapter_names: Sequence[str]) -> None:
+    """Let several adapters train at once, each on the rows that ``adapter_names`` gives it.
+
+    Which adapters are active, and serve calls without ``adapter_names``, stays. These train instead
+    of the active ones until `set_adapter` chooses again. Make optimisers after this.
+
+    Args:
+        model: an adapted model.
+        adapter_names: exactly those that are to train.
+
+    Raises:
+        AdapterError: an unknown name, none at all, or an adapter that may not train (`set_trainable`);
+            nothing is changed then.
+    """
+    bank = require_adapted(model)
+    if isinstance(adapter_names, str) or not adapter_names:
+        raise AdapterError(f"train_adapters needs a list of adapters' names, got {adapter_names!r}")
+    with bank.slots.lock:
+        for name in adapter_names:
+            check_known(name, bank.adapters)
+            if not bank.adapter(name).trainable:
+                raise AdapterError(
+                    f"adapter {name!r} was made for inference and does not train; call "
+                    f"vera_fx.set_trainable(model, {name!r}) first"
+                )
+        bank.activate(bank.active, together=dict.fromkeys(adapter_names))
 
 
 @renamed(names="adapter_names")
