@@ -51,6 +51,10 @@ from vera_fx.model.methods import also
 from vera_fx.model.on_paper import PaperMemory, memory_on_paper
 from vera_fx.products.registered import register_base_product
 from vera_fx.report.explain import explain
+from vera_fx.training.results import TrainResults
+from vera_fx.training.row_losses import RowLosses, row_losses
+from vera_fx.training.settings import TrainSettings
+from vera_fx.training.train_many import train_many
 
 __version__ = "0.1.0"
 
@@ -71,8 +75,11 @@ __all__ = [
     "PartialCaptureWarning",
     "PassError",
     "RequantisedWarning",
+    "RowLosses",
     "StoreCounts",
     "TargetError",
+    "TrainResults",
+    "TrainSettings",
     "VeraConfig",
     "VeraFxError",
     "active_adapters",
@@ -102,6 +109,7 @@ __all__ = [
     "refresh",
     "register_base_product",
     "replace_adapter",
+    "row_losses",
     "save_adapter",
     "save_adapters",
     "save_program",
@@ -109,6 +117,7 @@ __all__ = [
     "set_trainable",
     "to_lora",
     "train_adapters",
+    "train_many",
     "unload",
     "unmerge",
 ]

@@ -71,9 +71,7 @@ def _variants(capture: Capture, structure: "Hashable") -> dict[Any, Variant]:
     return found
 
 
-def mixed(
-    model: nn.Module, capture: Capture, call: Call, mix: Mix
-) -> tuple[Variant, GraphModule]:
+def mixed(model: nn.Module, capture: Capture, call: Call, mix: Mix) -> tuple[Variant, GraphModule]:
     """The variant whose rows may each have another adapter, and its graph for this call."""
     bank = bank_of(model)
     dropout = _mixed_dropout(capture, bank, mix)

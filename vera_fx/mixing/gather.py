@@ -81,18 +81,19 @@ def row_of(group: Group, adapter: Adapter | Packed) -> Tensor:
 
 def is_learning(bank: AdapterBank) -> bool:
     """True if gradients are on and some adapter trains: mixtures get a graph with gradients then."""
-    return torch.is_grad_enabled() and any(
-        bank.adapter(name).learning for name in (*bank.together, *bank.active)
-    )
+    learners = (*bank.together, *bank.active) if bank.enabled and torch.is_grad_enabled() else ()
+    return any(bank.adapter(name).learning for name in learners)
 
 
-def ready_to_learn(bank: AdapterBank, tensors: list[Tensor]) -> list[Tensor]:
-    """Let all inputs of a mixture's graph require gradients, if some adapter trains.
+def ready_to_learn(
+    bank: AdapterBank, tensors: list[Tensor], *, always: bool = False
+) -> list[Tensor]:
+    """Let all inputs of a mixture's graph require gradients, if some adapter trains, or ``always``.
 
     Compiled code is made for inputs that require gradients, or for inputs that do not: so one graph
     serves every mixture, also one of ``"__base__"`` alone.
     """
-    if is_learning(bank):
+    if is_learning(bank) or (always and torch.is_grad_enabled()):
         for tensor in tensors:
             if tensor.is_floating_point() and not tensor.requires_grad:
                 tensor.requires_grad_()

@@ -46,7 +46,9 @@ class Mix:
     @property
     def dropout(self) -> tuple[float | None, ...]:
         """For each group what its branches drop in train mode; None if adapters in it differ there."""
-        return tuple(self.mixer.dropout(group, self.adapters) for group in self.mixer.groups.values())
+        return tuple(
+            self.mixer.dropout(group, self.adapters) for group in self.mixer.groups.values()
+        )
 
     def check(self, refused: Mapping[str, str]) -> None:
         """Refuse the mixture if it needs what cannot differ from row to row in a graph.
@@ -128,7 +130,7 @@ class Mixer:
                 name: found[path].to(base.device) for name, found in copied.items() if path in found
             }
             tensors.append(gathered(names, own, base.detach(), tables.get(path)))
-        return Mix(self, names, adapters, ready_to_learn(self._bank, tensors))
+        return Mix(self, names, adapters, ready_to_learn(self._bank, tensors, always=bool(tables)))
 
     def dropout(self, group: Group, adapters: Mapping[str, Adapter | Packed]) -> float | None:
         """What the group's branches drop in train mode: the bank's adapters say, or else those named."""
@@ -151,7 +153,11 @@ class Mixer:
         return self._bank.shared.padded(group.key, self._bank.structure.targets)
 
     def _gather(
-        self, group: Group, names: Sequence[str], adapters: Mapping[str, Adapter | Packed], table: Any
+        self,
+        group: Group,
+        names: Sequence[str],
+        adapters: Mapping[str, Adapter | Packed],
+        table: Any,
     ) -> Tensor:
         like = next(iter(self._shared(group).values()))
         nothing = like.new_zeros(1, dtype=group.dtype).expand(group.width)

@@ -1,0 +1,1 @@
+"""Many adapters trained in one batch: losses by row, one optimiser for all, the loop around them."""

@@ -1,0 +1,103 @@
+"""One job of many: what it is, and how far it is."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from torch import Tensor
+
+from vera_fx.config import AdapterConfig
+from vera_fx.training.examples import Examples, Order
+from vera_fx.training.settings import TrainSettings
+
+RUNNING, FINISHED, STOPPED, DIVERGED = "running", "finished", "stopped early", "diverged"
+_SMOOTH = 0.9
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a job is: what a progress line shows, and what a state file keeps.
+
+    Attributes:
+        status: running, finished, stopped early or diverged.
+        step: steps that were done.
+        loss: training loss, averaged over some ten steps; None before the first.
+        held_out: loss on held-out examples at the last evaluation.
+        accuracy: share of right answers there, where the loss is one of classes.
+        best: lowest held-out loss so far.
+        waiting: evaluations since then.
+        tokens: tokens of its examples, without padding.
+        seconds: of the steps that it took part in.
+    """
+
+    status: str = RUNNING
+    step: int = 0
+    loss: float | None = None
+    held_out: float | None = None
+    accuracy: float | None = None
+    best: float | None = None
+    waiting: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def stepped(self, loss: float, tokens: int, seconds: float) -> None:
+        """Note a step."""
+        self.step += 1
+        self.tokens += tokens
+        self.seconds += seconds
+        self.loss = loss if self.loss is None else _SMOOTH * self.loss + (1 - _SMOOTH) * loss
+
+    def evaluated(self, loss: float, accuracy: float | None) -> bool:
+        """Note an evaluation; True if its loss is the lowest so far."""
+        self.held_out, self.accuracy = loss, accuracy
+        better = self.best is None or loss < self.best
+        self.best = loss if better else self.best
+        self.waiting = 0 if better else self.waiting + 1
+        return better
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+@dataclass(slots=True)
+class Job:
+    """A job.
+
+    Attributes:
+        name: of the job and its adapter.
+        config: of the adapter.
+        dataset: what it is trained on.
+        settings: how.
+        held_out: what it is evaluated on; None for nothing.
+        order: of the examples.
+        progress: how far it is.
+        kept: the best values so far, by the keys of tables, where it may stop early.
+    """
+
+    name: str
+    config: AdapterConfig
+    dataset: Examples
+    settings: TrainSettings
+    held_out: Examples | None
+    order: Order
+    progress: Progress = field(default_factory=Progress)
+    kept: Mapping[str, Tensor] | None = None
+
+    @property
+    def runs(self) -> bool:
+        """True until it has ended, one way or another."""
+        return self.progress.status == RUNNING
+
+    @property
+    def is_due(self) -> bool:
+        """True if it is to be evaluated after the step that was done last."""
+        if self.held_out is None:
+            return False
+        every, step = self.settings.evaluate_every, self.progress.step
+        return step == self.settings.steps or bool(every and step % every == 0)
+
+    @property
+    def fingerprint(self) -> str:
+        """What a state file must have been made with to go on from it."""
+        return f"{self.config!r} {self.settings!r} {len(self.dataset)} examples"

@@ -1,0 +1,150 @@
+"""`train_many`: the loop around jobs that train in one batch."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TextIO
+
+from torch import nn
+
+from vera_fx.bank.bank import bank_of
+from vera_fx.base.modules import original_class
+from vera_fx.checkpoint.saved import path_of
+from vera_fx.config import AdapterConfig
+from vera_fx.errors import AdapterError, ConfigError
+from vera_fx.model.model_class import is_adapted
+from vera_fx.training.examples import Collate, Examples, padding_for
+from vera_fx.training.forward import Forward
+from vera_fx.training.many import ManyJobs, modes_kept
+from vera_fx.training.progress import ProgressRows
+from vera_fx.training.results import TrainResults
+from vera_fx.training.settings import TrainSettings
+
+JobSpec = tuple[AdapterConfig | None, Examples, TrainSettings]
+"""A job of `train_many`: configuration, examples, settings."""
+
+
+def train_many(
+    model: nn.Module,
+    jobs: Mapping[str, JobSpec],
+    *,
+    held_out: Mapping[str, Examples] | None = None,
+    collate: Collate | None = None,
+    kind: str | None = None,
+    tokens_per_pass: int | None = None,
+    state: str | os.PathLike[str] | None = None,
+    save_every: int = 100,
+    progress: bool | TextIO = True,
+    on_step: Callable[[ManyJobs], None] | None = None,
+) -> TrainResults:
+    """Train many adapters at once: the rows of all jobs go through the frozen base in one batch.
+
+    Every job ends with the vectors that it would have reached alone with the same order of examples
+    and the same settings, to rounding (``docs/train_many.md``): losses are means over a job's own
+    tokens, and each has an AdamW and a schedule of its own. A job whose loss or gradient is not finite
+    ends with its last finite values and hurts no other.
+
+    Args:
+        model: a model, adapted or not, or what ``torch.compile`` made of one.
+        jobs: by name, which is also the adapter's: configuration (None for an adapter that the model
+            has), dataset, settings. A dataset has a length and gives examples by number: mappings of
+            the model's arguments without batch dimension, ``labels`` among them.
+        held_out: examples to evaluate jobs on, by name.
+        collate: makes a batch of a list of examples; None pads on the right (`padding_for`).
+        kind: of the loss, as in `row_losses`; None takes it from the model's class.
+        tokens_per_pass: most tokens of a pass, padding included; a step of more is cut into passes
+            of rows of like length, whose gradients add up. None for one pass.
+        state: a folder for a state file. If it has one, the run goes on from there.
+        save_every: steps between writes of it; it is also written when a job ends.
+        progress: rows on the standard error output, or on another stream; False for none.
+        on_step: called after every step with the jobs, of which it may add and stop some.
+
+    Returns:
+        Status, losses and figures of every job; ``str()`` is a table.
+
+    Raises:
+        ConfigError: a job, its examples or its settings cannot be used.
+        AdapterError: an adapter cannot be trained beside others.
+        CheckpointError: the state cannot be read or written, or is of other jobs.
+    """
+    many = _begin(model, jobs, held_out or {}, collate, kind, tokens_per_pass, state)
+    if on_step is None:
+        many.check_complete()
+    folder = None if state is None else path_of(state)
+    with _training(many):
+        for step in _steps(many, progress):
+            if on_step is not None:
+                on_step(many)
+            if folder is not None and (step % save_every == 0 or many.has_ended()):
+                many.save(folder)
+    return many.results
+
+
+def _begin(
+    model: nn.Module,
+    jobs: Mapping[str, JobSpec],
+    held_out: Mapping[str, Examples],
+    collate: Collate | None,
+    kind: str | None,
+    tokens_per_pass: int | None,
+    state: str | os.PathLike[str] | None,
+) -> ManyJobs:
+    """The jobs, checked and laid out; where a state has them, as they were then."""
+    base = getattr(model, "_orig_mod", model)
+    strangers = sorted(held_out.keys() - jobs.keys())
+    if not jobs or strangers:
+        raise ConfigError(
+            f"train_many needs jobs, and held-out examples of these alone; got {list(jobs)[:9]}"
+            + (f" and examples for {strangers}" if strangers else "")
+        )
+    _check_state(base)
+    pad = getattr(getattr(base, "config", None), "pad_token_id", None)
+    many = ManyJobs(Forward(base, model, collate or padding_for(pad), kind, tokens_per_pass))
+    if state is not None:
+        many.resume(Path(state))
+    for name, job in jobs.items():
+        config, dataset, settings = _parts(name, job)
+        many.add(name, config, dataset, settings, held_out.get(name))
+    return many
+
+
+def _parts(name: str, job: JobSpec) -> JobSpec:
+    if not isinstance(job, tuple) or len(job) != 3:  # noqa: PLR2004
+        raise ConfigError(
+            f"job {name!r} must be (config, dataset, TrainSettings), got {type(job).__name__}"
+        )
+    return job
+
+
+def _check_state(model: nn.Module) -> None:
+    if is_adapted(model):
+        bank = bank_of(model)
+        if not bank.enabled or bank.merged:
+            raise AdapterError(
+                f"this {original_class(model).__name__} has its adapters disabled or merged, so that "
+                "nothing would train; leave the disable_adapters block, or unmerge it"
+            )
+
+
+@contextlib.contextmanager
+def _training(many: ManyJobs) -> Iterator[None]:
+    """Train mode inside; afterwards the modes as they were, and all values in the adapters."""
+    with modes_kept(many.model):
+        many.model.train()
+        try:
+            yield
+        finally:
+            many.write_back()
+
+
+def _steps(many: ManyJobs, progress: bool | TextIO) -> Iterator[int]:
+    """Make steps until no job runs; gives how many there were after each."""
+    shown = None if progress is False else ProgressRows(None if progress is True else progress)
+    step = 0
+    while many.running:
+        many.step()
+        step += 1
+        yield step
+        if shown is not None:
+            shown.show(many.jobs.values(), now=not many.running)
