@@ -83,7 +83,7 @@ def _stepped(
     clips = [
         min(1.0, s.max_norm / (n + 1e-6)) if s.max_norm else 1.0
         for s, n in zip(settings, norms, strict=True)
-    ]  # noqa: E501
+    ]
     rates = [s.rate(step, copies=copies) for s, step in zip(settings, steps, strict=True)]
 
     def numbers(found: list[float]) -> Tensor:
@@ -100,6 +100,6 @@ def _stepped(
     size = [
         rate / (1 - s.betas[0] ** (step + 1))
         for rate, (s, step) in zip(rates, counted, strict=True)
-    ]  # noqa: E501
+    ]
     denominator = second.sqrt() / third + numbers([s.eps for s in settings])
     return values * decay - numbers(size) * first / denominator, first, second

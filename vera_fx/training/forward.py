@@ -125,7 +125,7 @@ def evaluate(
         name: (
             sums[name] / max(counts[name], 1),
             hits[name] / counts[name] if forward.kind == "classes" and counts[name] else None,
-        )  # noqa: E501
+        )
         for name in sums
     }
 

@@ -70,7 +70,7 @@ class TrainSettings:
         if value is None and field in {"copies_lr", "max_norm"}:
             return
         check_finite(field, value)
-        if value < 0 or (field == "max_norm" and not value):
+        if float(value or 0) < 0 or (field == "max_norm" and not value):
             raise ConfigError(f"{field} must not be negative, got {shown(value)}")
 
     def rate(self, step: int, *, copies: bool = False) -> float:

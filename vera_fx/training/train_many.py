@@ -25,7 +25,7 @@ JobSpec = tuple[AdapterConfig | None, Examples, TrainSettings]
 """A job of `train_many`: configuration, examples, settings."""
 
 
-def train_many(
+def train_many(  # noqa: PLR0913
     model: nn.Module,
     jobs: Mapping[str, JobSpec],
     *,
