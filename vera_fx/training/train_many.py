@@ -22,7 +22,11 @@ from vera_fx.training.results import TrainResults
 from vera_fx.training.settings import TrainSettings
 
 JobSpec = tuple[AdapterConfig | None, Examples, TrainSettings]
-"""A job of `train_many`: configuration, examples, settings."""
+"""A job of `train_many`: configuration (None for an adapter that the model has), examples, settings.
+
+Examples have a length and are given by number: mappings of the model's arguments without a batch
+dimension, ``labels`` among them.
+"""
 
 
 def train_many(  # noqa: PLR0913
@@ -40,45 +44,46 @@ def train_many(  # noqa: PLR0913
 ) -> TrainResults:
     """Train many adapters at once: the rows of all jobs go through the frozen base in one batch.
 
-    Every job ends with the vectors that it would have reached alone with the same order of examples
-    and the same settings, to rounding (``docs/train_many.md``): losses are means over a job's own
-    tokens, and each has an AdamW and a schedule of its own. A job whose loss or gradient is not finite
-    ends with its last finite values and hurts no other.
+    Every job ends with the vectors that it would have reached alone, to rounding, with a loss, an
+    AdamW and a schedule of its own; one whose loss or gradient is not finite ends with its last finite
+    values (``docs/train_many.md``).
 
     Args:
         model: a model, adapted or not, or what ``torch.compile`` made of one.
-        jobs: by name, which is also the adapter's: configuration (None for an adapter that the model
-            has), dataset, settings. A dataset has a length and gives examples by number: mappings of
-            the model's arguments without batch dimension, ``labels`` among them.
+        jobs: `JobSpec` by name, which is also the adapter's.
         held_out: examples to evaluate jobs on, by name.
-        collate: makes a batch of a list of examples; None pads on the right (`padding_for`).
+        collate: makes a batch of examples; None pads on the right.
         kind: of the loss, as in `row_losses`; None takes it from the model's class.
-        tokens_per_pass: most tokens of a pass, padding included; a step of more is cut into passes
-            of rows of like length, whose gradients add up. None for one pass.
+        tokens_per_pass: cut steps of more tokens, with padding, into passes of rows of like length.
         state: a folder for a state file. If it has one, the run goes on from there.
         save_every: steps between writes of it; it is also written when a job ends.
         progress: rows on the standard error output, or on another stream; False for none.
         on_step: called after every step with the jobs, of which it may add and stop some.
 
-    Returns:
-        Status, losses and figures of every job; ``str()`` is a table.
-
     Raises:
-        ConfigError: a job, its examples or its settings cannot be used.
-        AdapterError: an adapter cannot be trained beside others.
+        ConfigError, AdapterError: a job cannot be trained, or not beside others.
         CheckpointError: the state cannot be read or written, or is of other jobs.
     """
     many = _begin(model, jobs, held_out or {}, collate, kind, tokens_per_pass, state)
+    _run(many, None if state is None else path_of(state), save_every, progress, on_step)
+    return many.results
+
+
+def _run(
+    many: ManyJobs,
+    folder: Path | None,
+    save_every: int,
+    progress: bool | TextIO,
+    on_step: Callable[[ManyJobs], None] | None,
+) -> None:
     if on_step is None:
         many.check_complete()
-    folder = None if state is None else path_of(state)
     with _training(many):
         for step in _steps(many, progress):
             if on_step is not None:
                 on_step(many)
             if folder is not None and (step % save_every == 0 or many.has_ended()):
                 many.save(folder)
-    return many.results
 
 
 def _begin(
@@ -102,7 +107,7 @@ def _begin(
     pad = getattr(getattr(base, "config", None), "pad_token_id", None)
     many = ManyJobs(Forward(base, model, collate or padding_for(pad), kind, tokens_per_pass))
     if state is not None:
-        many.resume(Path(state))
+        many.resume(path_of(state))
     for name, job in jobs.items():
         config, dataset, settings = _parts(name, job)
         many.add(name, config, dataset, settings, held_out.get(name))
