@@ -174,9 +174,7 @@ def main(  # noqa: PLR0913, PLR0917
             found.append({"shape": shape, "jobs": count, "ms": spreads, "mib": most})
     console.print(table)
     write(output, {"rows": rows, "length": length, "compiled": compiled, "results": found})
-    console.print(
-        json.dumps({"to one job": "a mixed step over one adapter's step on as many rows"})
-    )
+    console.print("to one job: a mixed step over one adapter's step on as many rows")
 
 
 if __name__ == "__main__":
