@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 DATA = examples/data/sentiment
 
-.PHONY: demo server load test fuzz test-all test-executorch test-quantised test-trl families mutation lint types bench gpu clean
+.PHONY: demo sweep server load test fuzz test-all test-executorch test-quantised test-trl families mutation lint types bench gpu clean
 
 # One stamp per set of extras; they share the virtual environment.
 $(VENV)/.%: pyproject.toml constraints.txt
@@ -14,6 +14,10 @@ $(VENV)/.%: pyproject.toml constraints.txt
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/finetune.py
+
+# Sixteen learning rates and ranks in one batch.
+sweep: $(VENV)/.demo
+	$(BIN)/python examples/sweep.py
 
 # Four adapters, trained once (ten minutes), and a server for them; `make load` asks it from another terminal,
 # as one address, so that there is no bound on its rate.

@@ -225,3 +225,14 @@ def test_who_trains() -> None:
         with pytest.raises(vera_fx.AdapterError, match=message):
             vera_fx.train_adapters(model, names)
     assert training() == {"a"}
+
+
+def test_rows_that_meet_in_train_mode_are_refused() -> None:
+    module = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 5)).train()
+    config = vera_fx.VeraConfig(r=3, target_modules=["2"])
+    model = vera_fx.adapt(module, config, adapter_name="a")
+    with pytest.raises(
+        vera_fx.TargetError, match=r"adapter_names\[0\] is 'a', whose '2' cannot differ"
+    ):
+        model(torch.randn(3, 4), adapter_names=["a", BASE, "a"])
+    model.eval()(torch.randn(3, 4), adapter_names=["a", BASE, "a"])
