@@ -235,4 +235,3 @@ def test_rows_that_meet_in_train_mode_are_refused() -> None:
         vera_fx.TargetError, match=r"adapter_names\[0\] is 'a', whose '2' cannot differ"
     ):
         model(torch.randn(3, 4), adapter_names=["a", BASE, "a"])
-    model.eval()(torch.randn(3, 4), adapter_names=["a", BASE, "a"])
