@@ -10,7 +10,8 @@ from torch import Tensor, nn
 import vera_fx
 from tests.helpers import assert_close, assert_far_apart, main_output
 from tests.mixing.test_mixed import BASE, fill_all
-from tests.models import BY_NAME, param_names
+from tests.models import BY_NAME, llama, param_names, text_inputs
+from tests.products.opaque_layers import replaced
 
 NAMES = ["a", BASE, "c", "b", "a", "b"]
 
@@ -119,6 +120,19 @@ def test_half_precision(how: str) -> None:
             for name, gradient in gradients_of(model, who).items():
                 error = (found[who][name] - gradient).norm() / gradient.norm()
                 assert error < 0.1, f"{who} {name} {error}"
+
+
+@pytest.mark.parametrize("name", ["aqlm", "gptq"])
+def test_quantised_bases(name: str) -> None:
+    """Graphs call such layers, and their weights are no tensors to read."""
+    torch.manual_seed(0)
+    model = replaced(llama(), name, ("q_proj", "v_proj", "up_proj", "down_proj"))
+    options = {"target_modules": ["q_proj", "v_proj", "down_proj"]}
+    vera_fx.adapt(model.train(), vera_fx.VeraConfig(r=4, **options), adapter_name="a")
+    vera_fx.add_adapter(model, "b")
+    vera_fx.add_adapter(model, "c", vera_fx.VeraConfig(r=3, **options))
+    fill_all(model)
+    check(model, {"input_ids": text_inputs()["input_ids"][[0, 1, 2, 0, 1, 2]]})
 
 
 def test_gradient_checkpointing() -> None:
