@@ -172,6 +172,7 @@ def main(  # noqa: PLR0913, PLR0917
                 ", ".join(f"{value:.0f}" for value in most.values()),
             )
             found.append({"shape": shape, "jobs": count, "ms": spreads, "mib": most})
+            console.print(f"{shape}, {count} jobs: " + ", ".join(times), highlight=False)
     console.print(table)
     write(output, {"rows": rows, "length": length, "compiled": compiled, "results": found})
     console.print("to one job: a mixed step over one adapter's step on as many rows")
