@@ -24,7 +24,7 @@ from vera_fx.training.many import ManyJobs
 
 SHAPES = ("minilm", "llama")
 TARGETS = {"minilm": ["query", "value"], "llama": "all-linear"}
-SYSTEMS = ("one batch", "ours in turn", "PEFT VeRA in turn", "PEFT LoRA in turn")
+SYSTEMS = ("one batch", "one adapter", "ours in turn", "PEFT VeRA in turn", "PEFT LoRA in turn")
 RANK = 256
 
 
@@ -98,7 +98,8 @@ def make(
     if system == "one batch":
         return one_batch(shape, jobs, rows, length, compiled)
     base, targets = base_of(shape), TARGETS[shape]
-    if system == "ours in turn":
+    jobs = 1 if system == "one adapter" else jobs
+    if system in {"one adapter", "ours in turn"}:
         model: Any = vera_fx.adapt(base, vera_fx.VeraConfig(r=RANK, target_modules=targets))
     elif system == "PEFT VeRA in turn":
         config: Any = peft.VeraConfig(r=RANK, target_modules=targets, save_projection=False)
@@ -120,11 +121,18 @@ def peak(system: str, shape: str, jobs: int, rows: int, length: int) -> float:
 
 
 def measured(
-    shape: str, jobs: int, rows: int, length: int, rounds: int, *, compiled: bool
+    shape: str,
+    jobs: int,
+    rows: int,
+    length: int,
+    rounds: int,
+    systems: list[str],
+    *,
+    compiled: bool,
 ) -> dict[str, Any]:
-    """Milliseconds of a round of each system, in turns, and memory."""
+    """Milliseconds of a round of each system, in turns."""
     torch._dynamo.reset()
-    runs = {name: make(name, shape, jobs, rows, length, compiled) for name in SYSTEMS}
+    runs = {name: make(name, shape, jobs, rows, length, compiled) for name in systems}
     spreads = interleaved(runs, rounds, inner=1)
     return {name: vars(spread) for name, spread in spreads.items()}
 
@@ -132,6 +140,7 @@ def measured(
 def main(  # noqa: PLR0913, PLR0917
     jobs: Annotated[list[int], typer.Option(help="how many at once")] = [1, 4, 16, 64],  # noqa: B006
     shapes: Annotated[list[str], typer.Option(help="minilm, llama")] = ["minilm", "llama"],  # noqa: B006
+    systems: Annotated[list[str], typer.Option(help="beside 'one batch'")] = list(SYSTEMS[1:]),  # noqa: B006
     rows: Annotated[int, typer.Option(help="of all jobs together")] = 64,
     length: Annotated[int, typer.Option(help="tokens of a row")] = 16,
     rounds: Annotated[int, typer.Option(min=4)] = 5,
@@ -139,43 +148,28 @@ def main(  # noqa: PLR0913, PLR0917
     memory: Annotated[bool, typer.Option("--memory/--no-memory")] = True,
     output: Annotated[Path, typer.Option()] = Path("out/bench_many_jobs.json"),
 ) -> None:
-    """Steps with AdamW: 1 to 64 jobs at equal total rows; ratios to all of them in one batch."""
+    """Steps with AdamW: 1 to 64 jobs at equal total rows; times as ratios to all of them in one batch."""
     found: list[dict[str, Any]] = []
-    columns = (
-        "shape",
-        "jobs",
-        "ms (quartiles), one batch",
-        "rows/s",
-        "ours in turn",
-        "PEFT VeRA",
-        "PEFT LoRA",
-    )
     table = Table(
-        *columns, "to one job", "MiB: one batch, in turn", title=f"{rows} rows x {length} tokens"
+        "shape", "jobs", "ms, one batch", *systems, "MiB", title=f"{rows} rows x {length}"
     )
     for shape in shapes:
-        first = None
         for count in jobs:
-            spreads = measured(shape, count, rows, length, rounds, compiled=compiled)
-            mine = spreads["one batch"]
-            first = first or spreads["ours in turn"]["median"]
-            names = SYSTEMS[:2] if memory else ()
-            most = {name: peak(name, shape, count, rows, length) for name in names}
-            times = [f"{spreads[name]['median'] / mine['median']:.2f}x" for name in SYSTEMS[1:]]
-            table.add_row(
-                shape,
-                str(count),
-                f"{mine['median']:.0f} ({mine['low']:.0f}-{mine['high']:.0f})",
-                f"{1e3 * rows / mine['median']:.0f}",
-                *times,
-                f"{mine['median'] / first:.2f}",
-                ", ".join(f"{value:.0f}" for value in most.values()),
+            spreads = measured(
+                shape, count, rows, length, rounds, [SYSTEMS[0], *systems], compiled=compiled
             )
+            mine = spreads[SYSTEMS[0]]
+            names = (SYSTEMS[0], "ours in turn") if memory else ()
+            most = {name: peak(name, shape, count, rows, length) for name in names}
+            times = [f"{spreads[name]['median'] / mine['median']:.2f}" for name in systems]
+            spread = f"{mine['median']:.0f} ({mine['low']:.0f}-{mine['high']:.0f})"
+            row = (shape, str(count), spread, *times, ", ".join(f"{v:.0f}" for v in most.values()))
+            table.add_row(*row)
+            console.print(*row, highlight=False)
             found.append({"shape": shape, "jobs": count, "ms": spreads, "mib": most})
-            console.print(f"{shape}, {count} jobs: " + ", ".join(times), highlight=False)
     console.print(table)
+    console.print("MiB at most: in one batch, in turn. One adapter: a step of one on as many rows.")
     write(output, {"rows": rows, "length": length, "compiled": compiled, "results": found})
-    console.print("to one job: a mixed step over one adapter's step on as many rows")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from typing import Any, ParamSpec, Protocol, TypeVar, cast
 import torch
 from torch import nn
 
-from vera_fx._torch import dynamic_source, skip_frame
+from vera_fx._torch import skip_frame
+from vera_fx._torch_graphs import dynamic_source
 
 P = ParamSpec("P")
 R = TypeVar("R")

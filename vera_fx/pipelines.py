@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from torch.fx import GraphModule
 
-from vera_fx._torch import LiveGraph
+from vera_fx._torch_graphs import LiveGraph
 from vera_fx.debug import run_options
 from vera_fx.errors import PassError, TargetError
 from vera_fx.passes import (

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from vera_fx._torch import Unmarked
+from vera_fx._torch_graphs import Unmarked
 from vera_fx.bank.adapter import Adapter, Folded
 from vera_fx.bank.projections import Projections, ProjectionSet
 from vera_fx.bank.slot_table import SlotTable, alone

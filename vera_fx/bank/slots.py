@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from vera_fx._context import open_dimensions
-from vera_fx._torch import ordinary_input, stamp
+from vera_fx._torch import stamp
+from vera_fx._torch_graphs import ordinary_input
 from vera_fx.base.modules import BANK
 from vera_fx.branches.kinds import KINDS
 

@@ -8,7 +8,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from vera_fx._context import class_made_of
-from vera_fx._torch import in_place, stays_in_place
+from vera_fx._torch_graphs import in_place, stays_in_place
 from vera_fx.base.hf_tracing import traceable
 
 

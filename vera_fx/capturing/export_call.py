@@ -16,7 +16,8 @@ from torch.fx import Graph, GraphModule
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.fx.graph import CodeGen
 
-from vera_fx._torch import LiveGraph, TreeSpec
+from vera_fx._torch import TreeSpec
+from vera_fx._torch_graphs import LiveGraph
 from vera_fx.base.hf import capture_hint
 from vera_fx.base.modules import BANK
 from vera_fx.capturing.budget import Opening, OutOfTime

@@ -7,7 +7,8 @@ import torch
 from torch import cpu
 
 from vera_fx._context import registered
-from vera_fx._torch import any_autocast, default_device, device_types, wants_cuda_graphs
+from vera_fx._torch import any_autocast, default_device, device_types
+from vera_fx._torch_graphs import wants_cuda_graphs
 from vera_fx.passes import DEVICES, Device
 
 MEASURED = "measured devices"

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.fx import Graph, GraphModule
 
-from vera_fx._torch import LiveGraph, skip_frame
+from vera_fx._torch import skip_frame
+from vera_fx._torch_graphs import LiveGraph
 from vera_fx.bank.slots import served_path
 from vera_fx.branches.kinds import kinds_in
 from vera_fx.capturing.export_call import Capture

@@ -1,0 +1,85 @@
+"""Private corners of torch (2.11 to 2.15) around compiled graphs: what Dynamo and Inductor take for what."""
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch._inductor.config
+from torch import nn
+from torch._dynamo.variables.builder import is_dynamic_source
+from torch.fx import Graph, GraphModule
+
+
+def wants_cuda_graphs() -> bool:
+    """True if whatever Inductor compiles is to run as CUDA graphs, whichever mode is asked for."""
+    config: Any = torch._inductor.config
+    return bool(config.triton.cudagraphs)
+
+
+class Unmarked(nn.Module):
+    """A module whose tensors keep the marks of `ordinary_input`.
+
+    Dynamo marks whatever the ``named_parameters`` and ``named_buffers`` of a module on its way give
+    as staying where it is, unless the module has methods of its own.
+    """
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """As ``nn.Module`` has it."""
+        return super().named_parameters(*args, **kwargs)
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        """As ``nn.Module`` has it."""
+        return super().named_buffers(*args, **kwargs)
+
+
+class LiveGraph(Unmarked, GraphModule):
+    """A graph that reads the modules of a live model.
+
+    Attributes:
+        printed: whether its code is that of its graph.
+    """
+
+    printed = False
+
+    def take(self, graph: Graph) -> None:
+        """Own ``graph``, without printing its code yet, which takes longer than most passes."""
+        self.printed, self._graph = False, graph
+        graph.owning_module = self
+
+    def recompile(self) -> Any:
+        """Print the graph's code."""
+        self.printed = True
+        return super().recompile()
+
+
+_ADDRESS = "_dynamo_static_input_type"
+
+
+def ordinary_input(tensor: torch.Tensor) -> None:
+    """Let compiled code take ``tensor`` as it takes the arguments of a call.
+
+    CUDA graphs are recorded for the addresses of parameters and of modules' tensors, and once more for
+    every other address. What is marked here is copied in with each replay instead. The mark is Dynamo's
+    own, empty: there, but saying nothing.
+    """
+    setattr(tensor, _ADDRESS, "")
+
+
+def stays_in_place(tensor: torch.Tensor) -> None:
+    """Let CUDA graphs read and write ``tensor`` where it is, and rely on its address."""
+    torch._dynamo.mark_static_address(tensor)
+
+
+def in_place(tensor: torch.Tensor) -> bool:
+    """Whether CUDA graphs rely on the address of ``tensor``, by its mark."""
+    return bool(getattr(tensor, _ADDRESS, None))
+
+
+def dynamic_source(pattern: str, dim: int) -> str:
+    """The entry of ``torch.compiler.config.dynamic_sources`` that opens a dimension of what is read.
+
+    Before torch 2.13 an entry opens all dimensions.
+    """
+    by_dim = "dim" in inspect.signature(is_dynamic_source).parameters
+    return f"{pattern}:{dim}" if by_dim else pattern
