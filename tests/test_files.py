@@ -11,7 +11,7 @@ import pytest
 
 import vera_fx
 from tests.models import MLP
-from vera_fx import files, locks
+from vera_fx.disk import files, locks
 
 
 def adapted(rank: int = 2) -> Any:

@@ -270,8 +270,7 @@ class Registration:
         """Take it back; what was registered before it holds again."""
         known, key = self._place
         known.pop(key, None)
-        if self._before is not None:
-            known[key] = self._before
+        known |= {} if self._before is None else {key: self._before}
 
     def __enter__(self) -> "Registration":
         return self

@@ -19,7 +19,7 @@ from tests.fuzz.targets import Probe
 from tests.helpers import fill_vectors, vectors_of
 from tests.models import MLP
 from vera_fx.checkpoint import saving
-from vera_fx.safetensors_file import SHA256
+from vera_fx.disk.safetensors_file import SHA256
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 D = "base_model.model.lin0.vera_lambda_d"

@@ -14,10 +14,10 @@ from vera_fx.base.hf import base_model_name
 from vera_fx.base.modules import base_modules
 from vera_fx.branches.kinds import kind_called, known_types
 from vera_fx.config import AdapterConfig
+from vera_fx.disk.safetensors_file import unique
 from vera_fx.errors import CheckpointError, ConfigError, nearest, shown
 from vera_fx.expressions import FileText
 from vera_fx.products.kinds import is_flipped
-from vera_fx.safetensors_file import unique
 
 CONFIG_FILE = "adapter_config.json"
 PEFT_VERSION = "0.21.2"

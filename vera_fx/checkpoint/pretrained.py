@@ -13,8 +13,8 @@ from vera_fx.bank.bank import bank_of
 from vera_fx.base.hf import is_pretrained_class
 from vera_fx.base.modules import in_bank
 from vera_fx.checkpoint.saving import save_adapters
+from vera_fx.disk.files import moved_into
 from vera_fx.errors import CheckpointError
-from vera_fx.files import moved_into
 
 RESUMED_FROM = "model.safetensors"
 """What Trainer reads of a checkpoint that it resumes; it knows adapters only if they are PEFT's."""

@@ -26,9 +26,9 @@ from vera_fx.checkpoint.peft_config import (
 )
 from vera_fx.checkpoint.weights_file import WEIGHTS_FILE, weights_in
 from vera_fx.config import AdapterConfig
+from vera_fx.disk.files import read_limited, sha256
+from vera_fx.disk.safetensors_file import WeightsFile
 from vera_fx.errors import CheckpointError, listing, shown
-from vera_fx.files import read_limited, sha256
-from vera_fx.safetensors_file import WeightsFile
 
 CONFIG = "vera_fx.config"
 """The key of the configuration's text in the metadata of the weights."""

@@ -25,11 +25,11 @@ from vera_fx.checkpoint.peft_config import CONFIG_FILE, MAX_BYTES, to_json
 from vera_fx.checkpoint.saved import CONFIG, REPLACES, path_of
 from vera_fx.checkpoint.state_dict import adapter_state_dict
 from vera_fx.checkpoint.weights_file import HASH, WEIGHTS_FILE, projections_hash, shared_keys
+from vera_fx.disk.files import aside, flush, folds_case, make_folder, put, sha256, writing
+from vera_fx.disk.safetensors_file import SHA256, digest
 from vera_fx.errors import AdapterError, CheckpointError, VeraFxError
-from vera_fx.files import aside, flush, folds_case, make_folder, put, sha256, writing
 from vera_fx.graphs.runtime import require_adapted
 from vera_fx.processes.wrapped import unwrapped
-from vera_fx.safetensors_file import SHA256, digest
 
 DEFAULT = "default"
 """The adapter that PEFT keeps in the folder itself and not in one of its name below."""

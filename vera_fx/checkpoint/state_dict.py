@@ -28,10 +28,10 @@ from vera_fx.checkpoint.weights_file import (
     weights_in,
 )
 from vera_fx.config import AdapterConfig
+from vera_fx.disk.safetensors_file import unique
 from vera_fx.errors import AdapterError, CheckpointError, TargetError, first_line, shown
 from vera_fx.graphs.runtime import require_adapted
 from vera_fx.processes.wrapped import unwrapped
-from vera_fx.safetensors_file import unique
 
 
 @renamed(name="adapter_name")

@@ -16,8 +16,17 @@ from vera_fx.bank.names import check_name
 from vera_fx.bank.packed import Packed
 from vera_fx.checkpoint.packing import Packer
 from vera_fx.checkpoint.saved import copy_saved, is_saved, path_of
+from vera_fx.disk.files import (
+    aside,
+    flush,
+    flush_folder,
+    identity,
+    make_folder,
+    put_away,
+    remove,
+    sweep,
+)
 from vera_fx.errors import AdapterError, CheckpointError, VeraFxError, first_line, listing, nearest
-from vera_fx.files import aside, flush, flush_folder, identity, make_folder, put_away, remove, sweep
 from vera_fx.graphs.runtime import require_adapted
 from vera_fx.mixing.check import STORE
 from vera_fx.processes.wrapped import unwrapped

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from vera_fx.branches.protocol import BranchKind
+from vera_fx.disk.safetensors_file import WeightsFile, open_weights
 from vera_fx.errors import CheckpointError, listing
-from vera_fx.safetensors_file import WeightsFile, open_weights
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 HASH = "vera_fx.projections_sha256"

@@ -13,11 +13,11 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from vera_fx._renamed import renamed
+from vera_fx.disk.files import archive_at, moved_into
 from vera_fx.errors import ExportError, first_line
 from vera_fx.export.files import MANIFEST, manifest_of, with_suffix
 from vera_fx.export.module import AUTO
 from vera_fx.export.program import export_call
-from vera_fx.files import archive_at, moved_into
 
 
 @renamed(adapter="adapter_name")

@@ -17,12 +17,12 @@ from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from vera_fx._renamed import renamed
+from vera_fx.disk.files import moved_into
 from vera_fx.errors import ExportError, first_line
 from vera_fx.export.files import MANIFEST, manifest_of, with_suffix
 from vera_fx.export.module import AUTO
 from vera_fx.export.program import export_call
 from vera_fx.export.vectors import program_vectors
-from vera_fx.files import moved_into
 from vera_fx.passes import ContiguousAttention
 
 _ALIGNMENT = 16

@@ -13,11 +13,11 @@ from torch.export import ExportedProgram
 
 from vera_fx._torch import load_archive
 from vera_fx.checkpoint.weights_file import KEY_PREFIX
+from vera_fx.disk.files import archive_at, moved_into
 from vera_fx.errors import ExportError
 from vera_fx.export.checks.archive import MANIFEST_FILE, check_archive
 from vera_fx.export.checks.manifest import read_manifest
 from vera_fx.export.projections import left_out, restore
-from vera_fx.files import archive_at, moved_into
 from vera_fx.passes import ReadWeight, Target
 
 MANIFEST = "vera_fx"

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from vera_fx.checkpoint.saved import path_of
+from vera_fx.disk.files import moved_into
 from vera_fx.errors import CheckpointError
-from vera_fx.files import moved_into
 from vera_fx.training.job import Progress
 
 _COLUMNS = ("job", "status", "step", "loss", "held out", "accuracy", "tokens", "tokens/s")

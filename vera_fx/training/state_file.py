@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vera_fx.disk.files import moved_into, writing
+from vera_fx.disk.safetensors_file import SHA256, digest, open_weights
 from vera_fx.errors import CheckpointError, listing, shown
-from vera_fx.files import moved_into, writing
-from vera_fx.safetensors_file import SHA256, digest, open_weights
 from vera_fx.training.job import Progress
 from vera_fx.training.tables import PARTS, Row
 

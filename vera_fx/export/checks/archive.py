@@ -11,10 +11,10 @@ from typing import Any, BinaryIO
 import torch
 from torch.export.pt2_archive import PT2ArchiveReader
 
+from vera_fx.disk.safetensors_file import unique
 from vera_fx.errors import first_line, shown
 from vera_fx.export.checks.code import check_path
 from vera_fx.export.checks.model_json import check_model
-from vera_fx.safetensors_file import unique
 
 MANIFEST_FILE = "vera_fx.json"
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from vera_fx.branches.kinds import KINDS
 from vera_fx.config import SEEDS
+from vera_fx.disk.safetensors_file import unique
 from vera_fx.errors import ExportError, listing, shown
-from vera_fx.safetensors_file import unique
 
 FORMS = ("merged", "constant", "input", "rows")
 DTYPES = ("float64", "float32", "float16", "bfloat16")

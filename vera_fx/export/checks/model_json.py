@@ -11,9 +11,9 @@ from functools import partial
 from typing import Any
 
 from vera_fx._torch import operator_arguments
+from vera_fx.disk.safetensors_file import unique
 from vera_fx.errors import listing, shown
 from vera_fx.export.checks.code import check_guard, check_name, check_path, check_size, check_tree
-from vera_fx.safetensors_file import unique
 
 _WORDS = re.compile(r"[\w.+:<>=\- ]{0,200}")
 _CALL = re.compile(r"torch\.ops\.(\w+)\.(\w+)(?:\.(\w+))?")

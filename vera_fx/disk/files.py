@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, BinaryIO, cast
 
-from vera_fx.locks import locked, take_dead
+from vera_fx.disk.locks import locked, take_dead
 
 _ASIDE = re.compile(r"\.vera_fx-(?:saving|adding|deleted)-[0-9a-f]{16}")
 _LOCK = ".lock"
