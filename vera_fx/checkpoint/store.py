@@ -16,16 +16,7 @@ from vera_fx.bank.names import check_name
 from vera_fx.bank.packed import Packed
 from vera_fx.checkpoint.packing import Packer
 from vera_fx.checkpoint.saved import copy_saved, is_saved, path_of
-from vera_fx.disk.files import (
-    aside,
-    flush,
-    flush_folder,
-    identity,
-    make_folder,
-    put_away,
-    remove,
-    sweep,
-)
+from vera_fx.disk import files
 from vera_fx.errors import AdapterError, CheckpointError, VeraFxError, first_line, listing, nearest
 from vera_fx.graphs.runtime import require_adapted
 from vera_fx.mixing.check import STORE
@@ -90,10 +81,10 @@ class AdapterStore:
             raise AdapterError(f"capacity must be a positive whole number, got {capacity!r}")
         self.folder, self.capacity = path_of(folder), capacity
         try:
-            make_folder(self.folder)
+            files.make_folder(self.folder)
         except OSError as error:
             raise CheckpointError(f"{self.folder} cannot be a store's folder: {error}") from error
-        sweep(self.folder)
+        files.sweep(self.folder)
         self.counts = StoreCounts()
         self._packer = Packer(model)
         self._lock = threading.Lock()
@@ -195,15 +186,15 @@ class AdapterStore:
         """
         self._check_free(adapter_name)
         try:
-            with aside(self.folder, "adding") as temporary:
+            with files.aside(self.folder, "adding") as temporary:
                 copies = copy_saved(path_of(source), temporary)
                 self._read(adapter_name, temporary)
                 for path in copies:
-                    flush(path)
+                    files.flush(path)
                 with self._lock:
                     self._check_free(adapter_name)
                     temporary.rename(self.folder / adapter_name)
-                flush_folder(self.folder)
+                files.flush_folder(self.folder)
         except OSError as error:
             raise CheckpointError(f"{adapter_name!r} could not be added: {error}") from error
 
@@ -217,7 +208,7 @@ class AdapterStore:
         path = self._path(adapter_name)
         with self._lock:
             try:
-                gone = put_away(path)
+                gone = files.put_away(path)
             except FileNotFoundError:
                 raise self._unknown(adapter_name) from None
             except OSError as error:
@@ -225,7 +216,7 @@ class AdapterStore:
             self._loaded.pop(adapter_name, None)
             if adapter_name in self._readings:
                 self._readings.pop(adapter_name).over = True
-        remove(gone)
+        files.remove(gone)
 
     def _check_free(self, name: str) -> None:
         check_name(name, [*self._bank.adapters, *self.names()], as_file=True)
@@ -281,12 +272,12 @@ class AdapterStore:
         return packed
 
     def _read(self, name: str, path: Path) -> Packed:
-        while (place := identity(path)) is not None:
+        while (place := files.identity(path)) is not None:
             try:
                 packed = self._packer.read(path)
             except Exception as error:
                 if (
-                    identity(path) != place
+                    files.identity(path) != place
                 ):  # another process has deleted it, which looks like damage
                     continue
                 if isinstance(error, VeraFxError):
