@@ -1,0 +1,1 @@
+"""The command line ``vera-fx``: what can be done with folders, without writing code."""
