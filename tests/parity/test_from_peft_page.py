@@ -63,7 +63,8 @@ def test_every_public_function_of_pefts_kind_is_in_the_recipe() -> None:
         "AdapterStore", "StoreCounts", "calibrate", "capture", "export_aoti", "export_executorch",
         "export_executorch_data", "export_onnx", "export_program", "load_program",
         "lora_errors", "program_sites", "refresh", "program_vectors", "replace_adapter",
-        "save_program", "ParameterSummary",
+        "save_program", "ParameterSummary", "PaperMemory", "RowLosses", "TrainResults", "TrainSettings",
+        "memory_on_paper", "register_base_product", "row_losses", "train_adapters", "train_many",
     }  # fmt: skip
     functions = {
         name for name in vera_fx.__all__ if not name.endswith(("Error", "Warning"))

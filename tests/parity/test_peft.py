@@ -151,7 +151,8 @@ class TestGenerate:
         first = len(vera_fx.explain(ours).graphs)
         ours.generate(**{**self.prompt(family), "max_new_tokens": 5})
 
-        assert first <= 3  # T5's first decoder call has no cache yet
+        # T5: the encoder has a graph of its own, and the first decoder call has no cache yet.
+        assert first <= (4 if family.name == "t5" else 3)
         assert len(vera_fx.explain(ours).graphs) == first
 
 
