@@ -4,6 +4,7 @@ python -m benchmarks.quantised
 """
 
 import copy
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,12 +23,12 @@ NAMES = tuple(METHODS)
 KINDS = ("nf4", "int8")
 
 
-def cases(layers: int) -> list[Case]:
+def cases(layers: int, kinds: Sequence[str]) -> list[Case]:
     """Llama's architecture at hidden size 768, all linear layers, bfloat16 beside quantised weights."""
     return [
         Case(f"llama all r=256 {kind} T={batch * 128}", "llama", "all-linear", 256, layers, batch, 128,
              BF16, quantised=kind)
-        for kind in KINDS
+        for kind in kinds
         for batch in (4,)
     ]  # fmt: skip
 
@@ -102,12 +103,13 @@ def show(
 
 def main(
     layers: int = 4,
+    kinds: Annotated[list[str], typer.Option(help="nf4, int8; may be repeated")] = list(KINDS),  # noqa: B006
     rounds: Annotated[int, typer.Option(min=4)] = 7,
     output: Path = Path("out/quantised.json"),
 ) -> None:
     """Measure and print."""
     figures: dict[str, Any] = {}
-    for case in cases(layers):
+    for case in cases(layers, kinds):
         timings, found, held = measure(case, NAMES, rounds), calls(case, rounds), memory(case)
         show(case, timings, found, held)
         figures[case.name] = {
