@@ -192,7 +192,7 @@ class AdapterBank(Unmarked):
         return {n: value for n, value in self.__dict__.items() if not _DERIVED.fullmatch(n)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({"together": ()} | state)
+        super().__setstate__({"together": (), "unpacked": ()} | state)
         if "structure" not in state:
             _take_over(self, state)
 
