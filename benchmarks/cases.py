@@ -122,6 +122,8 @@ def quantise(model: nn.Module, kind: str) -> nn.Module:
         if kind == "nf4":
             new: nn.Module = Linear4bit(*sizes, biased, compute_dtype=weight.dtype)
             new.weight = Params4bit(weight.detach(), False, quant_type="nf4", module=new)
+            # For all methods: packed weights give no gradients, and compiled calls of PEFT fail on them.
+            new.support_avx512bf16_for_cpu = False
         else:
             new = Linear8bitLt(*sizes, biased, has_fp16_weights=False)
             new.weight = Int8Params(weight.detach(), requires_grad=False)
