@@ -28,6 +28,11 @@ class Target:
     aliases: tuple[str, ...] = ()
 
     @property
+    def is_called(self) -> bool:
+        """True if graphs call the module, whose weight only its own code reads."""
+        return not self.product.layout
+
+    @property
     def paths(self) -> tuple[str, ...]:
         """Every path under which the module can make a call."""
         return (self.path, *self.aliases)

@@ -4,11 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 
 import vera_fx
 from benchmarks.traffic import Traffic
@@ -18,6 +16,7 @@ from tests.distributed.training import (
     HIDDEN,
     RANK,
     WIDTH,
+    Checkpointed,
     Net,
     adapted,
     assert_trained,
@@ -114,13 +113,6 @@ def test_uneven_numbers_of_batches() -> None:
         optimizer.zero_grad()
     for name, value in vectors(model).items():
         assert_close(value, vectors(alone)[name], what=name)
-
-
-class Checkpointed(Net):
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = checkpoint(layer, x, use_reentrant=False) * self.scale.sum()
-        return self.head(x)
 
 
 @two_processes

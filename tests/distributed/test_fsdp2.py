@@ -9,12 +9,11 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.utils.checkpoint import checkpoint
 
 import vera_fx
 from tests.distributed.pair import two_processes
 from tests.distributed.training import (
-    Net,
+    Checkpointed,
     adapted,
     assert_trained,
     base,
@@ -79,13 +78,6 @@ def test_clipped() -> None:
     train(model, map(mine, batches()), before=clip(model))
     train(alone, batches(), before=clip(alone))
     assert_trained(model, vectors(alone), factor=5)
-
-
-class Checkpointed(Net):
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = checkpoint(layer, x, use_reentrant=False) * self.scale.sum()
-        return self.head(x)
 
 
 @two_processes

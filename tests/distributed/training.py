@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.utils.checkpoint import checkpoint
 
 import vera_fx
 from tests.helpers import assert_close, assert_far_apart, fill_vectors
@@ -35,6 +36,15 @@ class Net(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
             x = layer(x) * self.scale.sum()
+        return self.head(x)
+
+
+class Checkpointed(Net):
+    """Every layer's activations are computed again in backward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=False) * self.scale.sum()
         return self.head(x)
 
 

@@ -231,3 +231,34 @@ def test_a_layer_without_gradients_is_told() -> None:
     vera_fx.adapt(model, vera_fx.VeraConfig(r=2, target_modules=["0"]))
     with pytest.warns(UserWarning, match="Blocks passes no gradient on to its input"):
         model(torch.randn(3, 5))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_bias_is_added_once(name: str) -> None:
+    """By the layer in graphs, by the plain module after unloading, by the program that leaves."""
+    torch.manual_seed(0)
+    biased = nn.Sequential(layer(name, nn.Linear(4, 6)), nn.Tanh(), nn.Linear(6, 5))
+    plain = dense_twin(copy.deepcopy(biased))
+    for net in (biased, plain):
+        vera_fx.adapt(net, vera_fx.VeraConfig(r=3, target_modules=["0", "2"]))
+        fill_vectors(net)
+    x = torch.randn(3, 4)
+    expected = plain(x).detach()
+    assert_close(biased(x).detach(), expected, factor=5)
+    with pytest.warns(UserWarning, match="1 quantised modules leave"):
+        program = vera_fx.export_program(biased.eval(), (x,))
+    assert_close(program.module()(x), expected, factor=5)
+    assert_close(vera_fx.unload(biased, merge=True)(x), expected, factor=5)
+
+
+def test_an_unload_that_fails_leaves_the_layers() -> None:
+    model, _ = pair("gptq")
+    expected = model(**INPUTS).logits.detach()
+    vector = next(p for n, p in vectors_of(model).items() if n.endswith("lambda_b"))
+    kept = vector.detach().clone()
+    vector.data.fill_(float("nan"))
+    with pytest.raises(vera_fx.AdapterError, match="would have NaN or infinity"):
+        vera_fx.unload(model, merge=True)
+    vector.data.copy_(kept)
+    assert type(model.model.layers[0].mlp.up_proj).__name__ == "TorchQuantLinear"
+    assert torch.equal(model(**INPUTS).logits, expected)

@@ -9,6 +9,9 @@ from torch import nn
 BANK = "vera"
 """Name under which the adapter bank hangs on the model."""
 
+HOOKS = tuple(name for name in nn.Module().__dict__ if "hooks" in name)
+"""Names of the dictionaries in which a module keeps hooks."""
+
 ADAPTED = "adapted"
 """Purpose of the classes of adapted models."""
 
@@ -68,10 +71,13 @@ def is_extended(module: nn.Module, purpose: str) -> bool:
 def set_child(parent: nn.Module, name: str, child: nn.Module | None) -> None:
     """Give a container another child, or take one away (None).
 
-    By a dictionary of its own: another thread may be walking the present one.
+    By a dictionary of its own: another thread may be walking the present one. A child that takes the
+    place of another stands where that stood: ``nn.Sequential`` runs its children in order.
     """
-    kept = {key: module for key, module in parent._modules.items() if key != name}
-    parent.__dict__["_modules"] = kept if child is None else {**kept, name: child}
+    children = {**parent._modules, name: child}
+    if child is None:
+        del children[name]
+    parent.__dict__["_modules"] = children
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:

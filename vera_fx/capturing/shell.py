@@ -13,11 +13,10 @@ from typing import Any
 
 from torch import nn
 
-from vera_fx.base.modules import BANK, in_bank, original_class
+from vera_fx.base.modules import BANK, HOOKS, in_bank, original_class
 from vera_fx.capturing.stand_ins import stand_in
 from vera_fx.products.opaque import is_opaque
 
-_HOOKS = tuple(name for name in nn.Module().__dict__ if "hooks" in name)
 _WRAPPERS = ("forward", "_compiled_call_impl")
 """What wrappers put on a model's object (accelerate's forward, ``nn.Module.compile``), for real calls."""
 
@@ -72,7 +71,7 @@ def _twins(modules: Sequence[nn.Module], known: Twins) -> dict[int, nn.Module]:
         for name, value in module.__dict__.items():
             if module is modules[0] and name == BANK:  # beside the elements of a container
                 continue
-            state[name] = type(value)() if name in _HOOKS else _moved(value, twins)
+            state[name] = type(value)() if name in HOOKS else _moved(value, twins)
         for name in ("_parameters", "_buffers"):
             state[name] = dict(module.__dict__[name])
         children = module._modules.items()

@@ -141,9 +141,9 @@ def _fold(model: nn.Module, bank: AdapterBank, name: str, graph: GraphModule) ->
         weights = folded_weights(model, bank, name)
     except AdapterError as error:
         raise ExportError(f'form="merged" cannot be exported: {error}') from error
-    products = {path: target.product for path, target in bank.structure.targets.items()}
-    called = {path: weights.pop(path) for path in list(weights) if not products[path].layout}
-    targets = [bank.structure.targets[path] for path in weights]
+    known = bank.structure.targets
+    called = {path: weights.pop(path) for path in list(weights) if known[path].is_called}
+    targets = [known[path] for path in weights]
     laid = zip(targets, weights.values(), strict=True)
     stored = [w.T.contiguous() if t.product.layout == "in_out" else w for t, w in laid]
     holder = Slot({f"weight_{n}": weight for n, weight in enumerate(stored)})

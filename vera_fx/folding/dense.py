@@ -6,10 +6,8 @@ from torch import nn
 from vera_fx.bank.bank import AdapterBank
 from vera_fx.bank.build import follow
 from vera_fx.base.hf import forget_quantisation
-from vera_fx.base.modules import in_bank, module_paths, set_child
+from vera_fx.base.modules import HOOKS, in_bank, module_paths, set_child
 from vera_fx.products.opaque import dense_weight, features_of, is_opaque, tensors_of
-
-_HOOKS = [name for name in nn.Module().__dict__ if "hooks" in name]
 
 
 def make_dense(model: nn.Module, bank: AdapterBank) -> None:
@@ -50,6 +48,6 @@ def _linear(module: nn.Module, dtype: torch.dtype) -> nn.Linear:
     if bias is not None:
         made.bias = nn.Parameter(bias.detach().to(dtype).clone(), requires_grad=False)
     made.training = module.training
-    for name in _HOOKS:
+    for name in HOOKS:
         made.__dict__[name] = module.__dict__[name]
     return made

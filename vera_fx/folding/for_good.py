@@ -11,14 +11,18 @@ def merge_for_good(model: nn.Module, *, safe: bool) -> None:
     """Fold the active adapters in, for a model that is about to be unloaded.
 
     Raises:
-        AdapterError: an adapter that cannot be merged.
+        AdapterError: an adapter that cannot be merged; quantised modules are what they were then.
     """
     bank = bank_of(model)
     merging.check_enabled(bank)
     todo = [name for name in bank.active if name not in bank.merged]
-    if any(not target.product.layout for target in bank.structure.targets.values()):
+    if any(target.is_called for target in bank.structure.targets.values()):
         # Nothing is rounded a second time.
         todo = [*bank.merged, *todo]
+        mergeable.check_together(bank, todo)
+        mergeable.check_compatible(bank, todo, "be merged")
+        if safe:
+            mergeable.check_finite(model, bank, todo)
         merging.unmerge(model)
         make_dense(model, bank)
     mergeable.check_mergeable(model, bank, todo, safe=safe)

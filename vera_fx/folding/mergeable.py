@@ -35,12 +35,12 @@ def check_mergeable(
             if (reason := kind.merge_refusal(module)) is not None:
                 raise _refused(name, path, reason)
             target = bank.structure.targets[path]
-            if target.product.layout and not target.weights:
+            if not (target.is_called or target.weights):
                 raise _refused(name, path, "is computed (parametrised)")
             if any(tensor.is_meta for tensor in module._parameters.values() if tensor is not None):
                 raise _on_meta(name, path)
     if safe:
-        _check_finite(model, bank, names)
+        check_finite(model, bank, names)
 
 
 def check_together(bank: AdapterBank, todo: Sequence[str]) -> None:
@@ -226,13 +226,18 @@ def _delta(adapter: Adapter, weight: Tensor, tensors: Mapping[str, Tensor]) -> T
         return adapter.kind.maths.delta(wide, weight.shape[1], lambda: whole(weight))
 
 
-def _check_finite(model: nn.Module, bank: AdapterBank, names: Iterable[str]) -> None:
+def check_finite(model: nn.Module, bank: AdapterBank, names: Iterable[str]) -> None:
+    """Refuse adapters with which a weight would not be finite.
+
+    Raises:
+        AdapterError: with the adapter.
+    """
     totals: dict[int | str, Tensor] = {}
     for name in names:
         for path, (weight, delta) in deltas(model, bank, bank.adapter(name)).items():
             held = local_part(weight.detach())
             # Tied weights are one tensor; what is computed is another one at every turn.
-            key = held.data_ptr() if bank.structure.targets[path].product.layout else path
+            key = path if bank.structure.targets[path].is_called else held.data_ptr()
             total = totals.get(key, held) + cut(delta(), weight)
             totals[key] = total.to(weight.dtype)
             if not all_agree(bool(torch.isfinite(total.to(weight.dtype)).all()), weight):
@@ -259,5 +264,5 @@ def _not_finite(name: str, hint: str = "") -> AdapterError:
 def changed(model: nn.Module, bank: AdapterBank, adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
     """The weights that merging changes in place, by target path."""
     for path in adapter.vectors.by_path:
-        if bank.structure.targets[path].product.layout:
+        if not bank.structure.targets[path].is_called:
             yield path, weight_of(model, path)

@@ -15,7 +15,7 @@ from vera_fx.products.kinds import rewritable, weight_of
 
 def is_called(bank: AdapterBank, path: str) -> bool:
     """True for a target whose weight only its own module reads."""
-    return not bank.structure.targets[path].product.layout
+    return bank.structure.targets[path].is_called
 
 
 def check_coarse(model: nn.Module, bank: AdapterBank, names: Sequence[str], *, asked: bool) -> None:
@@ -36,7 +36,15 @@ def check_coarse(model: nn.Module, bank: AdapterBank, names: Sequence[str], *, a
 
 
 def rewrite(model: nn.Module, changes: Mapping[str, Change], folded: Folded) -> None:
-    """Write changed weights into their modules, and keep what these held."""
+    """Write changed weights into their modules, and keep what these held; all of them or none."""
+    try:
+        _rewrite(model, changes, folded)
+    except BaseException:
+        put_back(model, folded)
+        raise
+
+
+def _rewrite(model: nn.Module, changes: Mapping[str, Change], folded: Folded) -> None:
     for path, (weight, delta) in changes.items():
         backend, module = rewritable(model, path), model.get_submodule(path)
         if backend is None or backend.requantise is None or backend.stored is None:

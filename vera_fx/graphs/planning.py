@@ -81,7 +81,7 @@ def planner(model: nn.Module, graph: torch.fx.GraphModule) -> Planner:
     kind = next(iter(kinds))
     dtype, device = _place(model)
     groups = site_groups(graph, list(bank.structure.targets.values()))
-    called = [group.dtype for group in groups if not group.sites[0][1].product.layout]
+    called = [group.dtype for group in groups if group.sites[0][1].is_called]
     # A weight that only its module reads does not say what is computed in; the outputs do.
     return Planner(groups, kind.costs, TimedCosts(kind, dtype, device), (*called, dtype)[0])
 
