@@ -1,12 +1,16 @@
 """Time from a model to its first eager result: adapting and the first call, beside torch.export alone.
 
+Kept: the same as in a later process, which finds the capture in a folder (`vera_fx.capture_cache`).
+
 python -m benchmarks.first_call
 
 Seconds of CPU time of the one thread, as exports take minutes on a machine that is shared. Methods take
 turns; the median of the ratios counts.
 """
 
+import os
 import statistics
+import tempfile
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -64,6 +68,12 @@ def adapted(model: nn.Module, name: str) -> None:
     model(**inputs())
 
 
+def kept(model: nn.Module, name: str) -> None:
+    """The same, with the capture in a folder since the first round."""
+    with vera_fx.capture_cache(Path(tempfile.gettempdir()) / f"vera_fx-first-call-{os.getpid()}"):
+        adapted(model, name)
+
+
 def seconds(method: Any, name: str, layers: int) -> float:
     """CPU seconds of one method."""
     model = build(name, layers)
@@ -77,18 +87,25 @@ def main(
     rounds: Annotated[int, typer.Option()] = 3,
     output: Annotated[Path, typer.Option()] = Path("out/bench_first_call.json"),
 ) -> None:
-    """Time both, in turns, after a small model has warmed the process up."""
+    """Time all, in turns, after a small model has warmed the process up."""
     torch.set_num_threads(1)
-    table, results = Table("model", "layers", "export", "adapt and first call", "ratio"), []
+    methods = (exported, adapted, kept)
+    columns = ("export", "adapt and first call", "ratio", "capture kept", "ratio")
+    table, results = Table("model", "layers", *columns), []
     for name in TARGETS:
-        for method in (exported, adapted):
+        for count in (2, *layers):
+            seconds(kept, name, count)  # fills the folder
+        for method in methods:
             seconds(method, name, 2)
         for count in layers:
-            pairs = [[seconds(m, name, count) for m in (exported, adapted)] for _ in range(rounds)]
-            plain, ours = (statistics.median(column) for column in zip(*pairs, strict=True))
-            ratio = statistics.median(second / first for first, second in pairs)
-            table.add_row(name, str(count), f"{plain:.2f}", f"{ours:.2f}", f"{ratio:.2f}")
-            results.append({"model": name, "layers": count, "seconds": pairs, "ratio": ratio})
+            taken = [[seconds(method, name, count) for method in methods] for _ in range(rounds)]
+            medians = [statistics.median(column) for column in zip(*taken, strict=True)]
+            ours, later = (statistics.median(t[i] / t[0] for t in taken) for i in (1, 2))
+            plain, first, again = (f"{median:.2f}" for median in medians)
+            table.add_row(name, str(count), plain, first, f"{ours:.2f}", again, f"{later:.2f}")
+            results.append({
+                "model": name, "layers": count, "seconds": taken, "ratio": ours, "kept": later,
+            })  # fmt: skip
     console.print(table)
     write(output, {"results": results})
 

@@ -3,6 +3,7 @@
 from vera_fx._moved import know_old_names
 from vera_fx.branches.dvora.config import DVoraConfig
 from vera_fx.branches.vera.config import VeraConfig
+from vera_fx.caching.captures import capture_cache
 from vera_fx.checkpoint.loading import load_adapter
 from vera_fx.checkpoint.lora import lora_errors, to_lora
 from vera_fx.checkpoint.pretrained import pretrained_methods
@@ -14,6 +15,7 @@ from vera_fx.checkpoint.state_dict import (
 from vera_fx.checkpoint.store import AdapterStore, StoreCounts
 from vera_fx.errors import (
     AdapterError,
+    CaptureCacheWarning,
     CaptureError,
     CheckpointError,
     ConfigError,
@@ -64,6 +66,7 @@ also(pretrained_methods)
 __all__ = [
     "AdapterError",
     "AdapterStore",
+    "CaptureCacheWarning",
     "CaptureError",
     "CheckpointError",
     "ConfigError",
@@ -89,6 +92,7 @@ __all__ = [
     "add_adapter",
     "calibrate",
     "capture",
+    "capture_cache",
     "delete_adapter",
     "disable_adapters",
     "explain",

@@ -72,6 +72,10 @@ def _cut(text: str, limit: int) -> str:
     return f"{text[: limit - end]} ...({len(text) - limit} characters more)... {text[-end:]}"
 
 
+class CaptureCacheWarning(UserWarning):
+    """A capture is not kept, or a kept one is not used, and why."""
+
+
 class FixedSizesWarning(UserWarning):
     """Leaving every size of a call open took too long: calls of other sizes are captured anew."""
 

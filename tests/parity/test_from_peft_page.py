@@ -60,7 +60,7 @@ def test_every_public_function_of_pefts_kind_is_in_the_recipe() -> None:
     import vera_fx
 
     others = {
-        "AdapterStore", "StoreCounts", "calibrate", "capture", "export_aoti", "export_executorch",
+        "AdapterStore", "StoreCounts", "calibrate", "capture", "capture_cache", "export_aoti", "export_executorch",
         "export_executorch_data", "export_onnx", "export_program", "load_program",
         "lora_errors", "program_sites", "refresh", "program_vectors", "replace_adapter",
         "save_program", "ParameterSummary", "PaperMemory", "RowLosses", "TrainResults", "TrainSettings",

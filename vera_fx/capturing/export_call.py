@@ -6,10 +6,10 @@ buffers, so that whatever is assigned, moved or loaded there later is what the g
 """
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule
@@ -18,6 +18,7 @@ from torch.fx.graph import CodeGen
 
 from vera_fx._torch import TreeSpec
 from vera_fx._torch_graphs import LiveGraph
+from vera_fx._torch_sizes import guards_hold, guards_of
 from vera_fx.base.hf import capture_hint
 from vera_fx.base.modules import BANK
 from vera_fx.capturing.budget import Opening, OutOfTime
@@ -28,6 +29,9 @@ from vera_fx.capturing.trace import aliased, trace
 from vera_fx.errors import CaptureError, FixedSizesWarning, TargetError, first_line, listing
 from vera_fx.passes import PipelineReport, cleanup, resolve, written_attributes, written_inputs
 from vera_fx.pipelines import run_pipeline
+
+CONSTANT = "_constant_"
+"""What the attributes of a graph that are its own are called first."""
 
 
 @dataclass(slots=True, eq=False)
@@ -69,33 +73,70 @@ class Capture:
     used: int = 0
 
 
+@dataclass(frozen=True, slots=True)
 class Guards:
-    """What sizes a captured graph admits: fixed ones, and relations found while tracing."""
+    """What sizes a captured graph admits.
 
-    def __init__(self, values: list[Tensor]) -> None:
+    Attributes:
+        fixed: numbers of the input and of its dimension, and the size there.
+        relations: what was found while tracing, as torch writes it; None for nothing.
+    """
+
+    fixed: tuple[tuple[int, int, int], ...]
+    relations: str | None
+
+    @classmethod
+    def of(cls, values: list[Tensor]) -> "Guards":
+        """Read them off a graph's inputs."""
         # A size that tracing has fixed may still be a SymInt, one that stands for a constant.
-        self._fixed = [
+        fixed = (
             (index, dim, int(size))
             for index, value in enumerate(values)
             for dim, size in enumerate(value.shape)
             if is_concrete_int(size)
-        ]
-        symbols = [s for v in values for s in v.shape if isinstance(s, torch.SymInt)]
-        self._env = symbols[0].node.shape_env if symbols else None
-        self._code = self._env.produce_guards_expression(values) if self._env is not None else None
+        )
+        return cls(tuple(fixed), guards_of(values))
 
     def admit(self, leaves: list[Tensor]) -> bool:
         """True if the graph is valid for inputs of these sizes."""
-        if any(leaves[index].shape[dim] != size for index, dim, size in self._fixed):
+        if any(leaves[index].shape[dim] != size for index, dim, size in self.fixed):
             return False
-        if self._env is None or self._code is None:
-            return True
-        return bool(self._env.evaluate_guards_expression(self._code, leaves))
+        return self.relations is None or guards_hold(self.relations, leaves)
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """One call as a graph of the live model: before any pass, or kept after those of a capture.
+
+    Attributes:
+        graph: the graph; it is not to run before it is printed.
+        out_spec: the tree of its outputs.
+        opening: which sizes it leaves open.
+        checkpointed: paths of the layers whose activations are to be recomputed in backward.
+        aliased: paths of the model's tensors that the code read by another way than their modules.
+        guards: which sizes it admits; None to read that off the inputs after the passes.
+        report: what the passes did; None before them.
+    """
+
+    graph: LiveGraph
+    out_spec: TreeSpec
+    opening: Opening
+    checkpointed: frozenset[str] = frozenset()
+    aliased: tuple[str, ...] = ()
+    guards: Guards | None = None
+    report: PipelineReport | None = None
 
 
 def capture_call(
     model: nn.Module, forward: Any, reader: CallReader, call: Call, opening: Opening = Opening.ALL
 ) -> Capture:
+    """Export the call and bind the graph to ``model``: `export_call`, then `cleaned`."""
+    return cleaned(model, call, export_call(model, forward, reader, call, opening))
+
+
+def export_call(
+    model: nn.Module, forward: Any, reader: CallReader, call: Call, opening: Opening
+) -> Exported:
     """Export the call and bind the graph to ``model``.
 
     Args:
@@ -114,28 +155,36 @@ def capture_call(
     stateful = Stateful.of(call.arguments)
     exported, checkpointed, opening = _traced(model, (forward, reader), call, stateful, opening)
     graph = bind_live(exported, model)
-    report = run_pipeline(graph, cleanup(), "capture")
-    _check_writes(exported, graph)
+    out_spec = cast("TreeSpec", exported.call_spec.out_spec)
+    return Exported(graph, out_spec, opening, checkpointed, tuple(aliased(exported, model)))
+
+
+def cleaned(model: nn.Module, call: Call, exported: Exported) -> Capture:
+    """The capture of an exported call, after the passes that every capture goes through."""
+    graph = exported.graph
+    report = exported.report or run_pipeline(graph, cleanup(), "capture")
+    _check_writes(model, graph)
     values = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
     return Capture(
         graph=graph,
-        out_spec=cast("TreeSpec", exported.call_spec.out_spec),
+        out_spec=exported.out_spec,
         report=report,
         training={path: module.training for path, module in model.named_modules()},
         inputs=call.tensor_names(),
-        stateful=stateful.names,
-        guards=Guards(values),
+        stateful=Stateful.of(call.arguments).names,
+        guards=exported.guards or Guards.of(values),
         values=values,
-        checkpointed=checkpointed,
-        aliased=tuple(aliased(exported, model)),
-        opening=opening,
+        checkpointed=exported.checkpointed,
+        aliased=exported.aliased,
+        opening=exported.opening,
         writes=written_inputs(graph.graph),
     )
 
 
-def _check_writes(exported: ExportedProgram, graph: GraphModule) -> None:
+def _check_writes(model: nn.Module, graph: GraphModule) -> None:
     """Refuse a call that writes to parameters, once (RWKV does so between train and eval mode)."""
-    written = written_attributes(graph.graph) & {*exported.graph_signature.parameters}
+    parameters = {path for path, _ in model.named_parameters(remove_duplicate=False)}
+    written = written_attributes(graph.graph) & parameters
     if written:
         raise CaptureError(
             f"this call writes to {listing(sorted(written), limit=3)}, which a graph would do again with "
@@ -163,7 +212,7 @@ def _traced(
             raise CaptureError(_explain(model, call, error)) from error
 
 
-def bind_live(exported: ExportedProgram, model: nn.Module) -> GraphModule:
+def bind_live(exported: ExportedProgram, model: nn.Module) -> LiveGraph:
     """The exported graph as a module that reads ``model`` itself.
 
     The result is not to run before it is recompiled, as a pipeline does at its end. It shares the
@@ -175,17 +224,24 @@ def bind_live(exported: ExportedProgram, model: nn.Module) -> GraphModule:
     graph.set_codegen(CodeGen())
     _drop_constant_inputs(graph)
     live = {*exported.graph_signature.parameters, *exported.graph_signature.buffers}
+    constants: dict[str, Any] = {}
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target not in live:
+            value = resolve(source, node.target)
+            node.target = f"{CONSTANT}{node.target.replace('.', '_')}"
+            constants[node.target] = value
+    call_live(graph)
+    return live_graph(graph, model, constants)
+
+
+def live_graph(graph: Graph, model: nn.Module, constants: Mapping[str, Any]) -> LiveGraph:
+    """A graph with the model's dictionaries of modules, parameters and buffers, and its own constants."""
     bound = LiveGraph(nn.Module(), Graph())
     for name in ("_modules", "_parameters", "_buffers"):
         bound.__dict__[name] = model.__dict__[name]
     if BANK in model.__dict__:
         bound.__dict__[BANK] = model.__dict__[BANK]
-    for node in graph.nodes:
-        if node.op == "get_attr" and node.target not in live:
-            value = resolve(source, node.target)
-            node.target = f"_constant_{node.target.replace('.', '_')}"
-            bound.__dict__[node.target] = value
-    call_live(graph)
+    bound.__dict__.update(constants)
     bound.take(graph)
     return bound
 

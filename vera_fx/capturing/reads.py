@@ -32,8 +32,7 @@ _HOLDERS = (types.SimpleNamespace, argparse.Namespace, UserDict, UserList)
 """Classes of Python's own that are there to hold what users put into them."""
 
 _UNREAD = {"_previous_max_cache_length"}  # what transformers' generate notes for itself
-_INTERNAL = frozenset(nn.Module().__dict__) - {"training"}
-_ATTRIBUTES = _INTERNAL | _UNREAD
+_ATTRIBUTES = (frozenset(nn.Module().__dict__) - {"training"}) | _UNREAD
 _LIMIT = 50_000
 """Objects that are looked at; a model with more is watched as far as that."""
 
@@ -183,13 +182,13 @@ class _Walk:
             self._value(value.__func__)
             self._value(value.__self__)
         elif isinstance(value, types.ModuleType):
-            if not _is_library(value.__name__):
+            if not is_library(value.__name__):
                 self._modules[id(value)] = value.__dict__
         elif isinstance(value, property | staticmethod | classmethod):
             self._wrapped(value)
         elif isinstance(value, functools.partial):
             self._values((value.func, *value.args, *value.keywords.values()))
-        elif isinstance(value, _HOLDERS) or not _is_library(type(value).__module__):
+        elif isinstance(value, _HOLDERS) or not is_library(type(value).__module__):
             self._instance(value)
 
     def _instance(self, value: Any) -> None:
@@ -197,13 +196,13 @@ class _Walk:
         # Never by getattr: a class may answer names that it does not have, or fail.
         if type(value).__dictoffset__:
             self._attributes(object.__getattribute__(value, "__dict__"))
-        for slot in _slots(type(value)):
+        for slot in slots_of(type(value)):
             self._found.slotted.append((value, slot))
             self._value(slot_value(value, slot))
 
     def _class(self, cls: type, *, of_module: bool = False) -> None:
         for base in cls.__mro__:
-            library = _is_library(base.__module__) and not of_module
+            library = is_library(base.__module__) and not of_module
             if base is object or base in self._classes or library:
                 continue
             reader = Reader(_dict_of(base), self._mentioned)
@@ -211,7 +210,7 @@ class _Walk:
             self._found.readers.append(reader)
 
     def _methods(self, cls: type) -> None:
-        if _is_library(cls.__module__):
+        if is_library(cls.__module__):
             return
         for name in self._mentioned & self._classes[cls].where.keys():
             self._value(self._classes[cls].where[name])
@@ -226,13 +225,13 @@ class _Walk:
         if function.__code__ in self._functions and not function.__closure__:
             return
         self._functions.add(function.__code__)
-        if _is_library(function.__module__ or "") and not function.__closure__:
+        if is_library(function.__module__ or "") and not function.__closure__:
             return
         names = set(_names(function.__code__))
         # A decorator's wrapper takes the name of the module that it was used in, not its globals:
         # those of torch.compiler.disable change with every call of a compiled model.
         home = str(function.__globals__.get("__name__", ""))
-        if not _is_library(function.__module__ or "") and not _is_library(home):
+        if not is_library(function.__module__ or "") and not is_library(home):
             self._mentioned |= names
             self._globals(function.__globals__, names)
         for cell in function.__closure__ or ():
@@ -265,7 +264,8 @@ def _distinct(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
     return tuple({id(tensor): tensor for tensor in tensors}.values())
 
 
-def _slots(cls: type) -> Iterator[types.MemberDescriptorType]:
+def slots_of(cls: type) -> Iterator[types.MemberDescriptorType]:
+    """The slots of a class and of those above it."""
     for base in cls.__mro__:
         for held in base.__dict__.values():
             if isinstance(held, types.MemberDescriptorType):
@@ -290,7 +290,8 @@ def _names(code: types.CodeType) -> Iterator[str]:
             yield constant
 
 
-def _is_library(module: str) -> bool:
+def is_library(module: str) -> bool:
+    """Whether a module is of a library that is taken as it is."""
     return module.partition(".")[0] in _LIBRARIES
 
 

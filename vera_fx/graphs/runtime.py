@@ -13,7 +13,8 @@ from vera_fx.bank.hooks import EagerHook
 from vera_fx.bank.slots import open_ranks
 from vera_fx.base.modules import ADAPTED, PART, in_bank, is_extended, original_class
 from vera_fx.base.sharding import SHARDED, is_sharded
-from vera_fx.capturing.export_call import Capture, capture_call
+from vera_fx.caching.captures import captured
+from vera_fx.capturing.export_call import Capture
 from vera_fx.capturing.signature import Call, CallReader
 from vera_fx.capturing.state_watch import StateWatch
 from vera_fx.errors import AdapterError, CaptureError, PassError, TargetError, first_line
@@ -166,7 +167,7 @@ class Runtime:
 
     def _captured(self, model: nn.Module, call: Call, mix: Mix | None) -> tuple[Ready, int | None]:
         opening = self.kept.opening(call.structure())
-        capture = capture_call(model, self._forward, self.reader, call, opening)
+        capture = captured(model, (self._forward, self.reader), call, opening, surroundings())
         if not capture.guards.admit(call.leaves):
             raise PassError(
                 f"the graph captured from this call of {type(model).__name__} does not admit the "

@@ -12,8 +12,8 @@ import torch
 from torch.export.pt2_archive import PT2ArchiveReader
 
 from vera_fx.disk.safetensors_file import unique
+from vera_fx.disk.sizes_and_names import check_path
 from vera_fx.errors import first_line, shown
-from vera_fx.export.checks.code import check_path
 from vera_fx.export.checks.model_json import check_model
 
 MANIFEST_FILE = "vera_fx.json"

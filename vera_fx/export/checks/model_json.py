@@ -10,39 +10,12 @@ from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
-from vera_fx._torch import operator_arguments
+from vera_fx.disk.operators import check_operator
 from vera_fx.disk.safetensors_file import unique
-from vera_fx.errors import listing, shown
-from vera_fx.export.checks.code import check_guard, check_name, check_path, check_size, check_tree
+from vera_fx.disk.sizes_and_names import check_guard, check_name, check_path, check_size, check_tree
+from vera_fx.errors import shown
 
 _WORDS = re.compile(r"[\w.+:<>=\- ]{0,200}")
-_CALL = re.compile(r"torch\.ops\.(\w+)\.(\w+)(?:\.(\w+))?")
-_NUMBERS = re.compile(
-    r"_operator\.(add|sub|mul|floordiv|truediv|mod|pow|neg|pos|abs|and_|or_|xor|not_|lshift|rshift|eq|ne|lt|"
-    r"le|gt|ge|getitem|invert)|"
-    r"math\.(ceil|floor|trunc|sqrt|pow|exp|log|log2|sin|cos|tan|asin|acos|atan|sinh|cosh|tanh)|"
-    r"torch\.(sym_(int|float|max|min|not|ite|sum|sqrt)|_sym_\w+)"
-)
-_HIGHER = frozenset(
-    (
-        "associative_scan",
-        "auto_functionalized",
-        "auto_functionalized_v2",
-        "cond",
-        "flex_attention",
-        "map_impl",
-        "out_dtype",
-        "scan",
-        "strict_mode",
-        "tag_activation_checkpoint",
-        "while_loop",
-        "wrap",
-        "wrap_with_autocast",
-        "wrap_with_set_grad_enabled",
-    )
-)
-_OWN = frozenset(("aten", "prims"))
-_FILES = frozenset(("filename", "file", "path", "url"))
 _METADATA = frozenset(
     ("stack_trace", "nn_module_stack", "torch_fn", "from_node", "custom", "source_fn_stack")
 )
@@ -61,7 +34,7 @@ def check_model(text: bytes, namespaces: Collection[str]) -> None:
     values = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
     if not isinstance(values, dict) or "graph_module" not in values:
         raise ValueError("models/model.json is no program")
-    operator = partial(_check_operator, namespaces={*_OWN, *namespaces})
+    operator = partial(check_operator, namespaces=namespaces)
     _check("", values, {**_FIELDS, "target": operator, "as_operator": operator})
 
 
@@ -96,33 +69,6 @@ def _check_metadata(values: dict[str, Any]) -> None:
     # Names of functions that are looked up in torch, and not called.
     if not re.fullmatch(r"[\w.,;\-]*", values.get("source_fn_stack", "")):
         raise ValueError(f"the metadata source_fn_stack is {shown(values['source_fn_stack'])}")
-
-
-def _check_operator(text: str, *, namespaces: Collection[str]) -> None:
-    call = _CALL.fullmatch(text)
-    if _NUMBERS.fullmatch(text):
-        return
-    if call is None:
-        raise ValueError(f"it calls {shown(text)}, which is no operator")
-    namespace, name, overload = call.groups()
-    if namespace == "higher_order":
-        if name not in _HIGHER or overload is not None:
-            raise ValueError(f"it calls {shown(text)}; of that kind are taken {listing(_HIGHER)}")
-    elif namespace not in namespaces:
-        raise ValueError(
-            f"it calls {shown(text)}; of its own accord load_program takes operators of "
-            f"{listing(sorted(namespaces))} (namespaces=[{namespace!r}] trusts those too)"
-        )
-    else:
-        _check_overload(text, namespace, name, overload or "default")
-
-
-def _check_overload(text: str, namespace: str, name: str, overload: str) -> None:
-    arguments = operator_arguments(namespace, name, overload)
-    if arguments is None:
-        raise ValueError(f"it calls {shown(text)}, which this torch does not have")
-    if any("str" in kind for argument, kind in arguments.items() if argument in _FILES):
-        raise ValueError(f"it calls {shown(text)}, which reads or writes files")
 
 
 def _check_word(text: str) -> None:
