@@ -30,7 +30,9 @@ SIZES = (1e-3, 1e-2, 0.2, 1.0)
 """Standard deviations of lambda_b: updates far below, and above, what bfloat16 rounds away."""
 
 
-def model_and_call(name: str, width: int, seed: int) -> tuple[nn.Module, dict[str, Any]]:
+def model_and_call(
+    name: str, width: int, seed: int, device: str
+) -> tuple[nn.Module, dict[str, Any]]:
     """A whole model with its own loss, and the call that is measured."""
     from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaForMaskedLM
 
@@ -38,10 +40,10 @@ def model_and_call(name: str, width: int, seed: int) -> tuple[nn.Module, dict[st
     shape: dict[str, Any] = {
         "hidden_size": width, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 500
     }  # fmt: skip
-    ids = torch.randint(3, 500, (8, 24))
+    ids = torch.randint(3, 500, (8, 24)).to(device)
     if name == "llama":
         config = LlamaConfig(**shape, intermediate_size=2 * width, use_cache=False)
-        return LlamaForCausalLM(config), {"input_ids": ids, "labels": ids}
+        return LlamaForCausalLM(config).to(device), {"input_ids": ids, "labels": ids}
     config = RobertaConfig(
         **shape,
         intermediate_size=4 * width,
@@ -49,7 +51,7 @@ def model_and_call(name: str, width: int, seed: int) -> tuple[nn.Module, dict[st
         attention_probs_dropout_prob=0.0,
         max_position_embeddings=64,
     )
-    return RobertaForMaskedLM(config), {"input_ids": ids, "labels": ids}
+    return RobertaForMaskedLM(config).to(device), {"input_ids": ids, "labels": ids}
 
 
 def gradients(model: Any, call: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -74,10 +76,10 @@ def fill(model: nn.Module, size: float) -> nn.Module:
 
 
 def errors(
-    name: str, dtype: torch.dtype, size: float, *, width: int, r: int, seed: int
+    name: str, dtype: torch.dtype, size: float, device: str, *, width: int, r: int, seed: int
 ) -> dict[str, tuple[float, float]]:
     """For each method, the relative errors of logits and of all vectors' gradients together."""
-    base, call = model_and_call(name, width, seed)
+    base, call = model_and_call(name, width, seed, device)
     base = base.to(dtype)
     adapted: dict[str, Any] = {
         "peft": peft.get_peft_model(
@@ -101,9 +103,9 @@ def errors(
     return found
 
 
-def update_share(name: str, size: float, *, width: int, r: int) -> tuple[float, float]:
+def update_share(name: str, size: float, device: str, *, width: int, r: int) -> tuple[float, float]:
     """The smallest and the largest update of a target, as a share of its weight's norm."""
-    model, _ = model_and_call(name, width, seed=0)
+    model, _ = model_and_call(name, width, 0, device)
     config = vera_fx.VeraConfig(r=r, target_modules="all-linear")
     bank: Any = fill(vera_fx.adapt(model, config), size).vera
     (pair,) = bank.projections.values()
@@ -140,6 +142,7 @@ def main(
     width: Annotated[int, typer.Option(min=16)] = 128,
     r: Annotated[int, typer.Option(min=1)] = 64,
     seeds: Annotated[int, typer.Option(min=1)] = 5,
+    device: Annotated[str, typer.Option(help="where models are")] = "cpu",
     output: Annotated[Path, typer.Option()] = Path("out/bench_accuracy.json"),
 ) -> None:
     """Compare with a float64 copy of the same rounded model."""
@@ -149,12 +152,14 @@ def main(
     # On a processor without half-precision instructions "auto" would be PEFT's arithmetic.
     with mock.patch.object(planning, "multiplies_well", return_value=True):
         for name, dtype, size in itertools.product(FAMILIES, HALVES, SIZES):
-            runs = [errors(name, dtype, size, width=width, r=r, seed=s) for s in range(seeds)]
+            runs = [
+                errors(name, dtype, size, device, width=width, r=r, seed=s) for s in range(seeds)
+            ]
             found = {method: _mean([run[method] for run in runs]) for method in runs[0]}
             kind = str(dtype).removeprefix("torch.")
             results[f"{name} {kind} {size}"] = found
             logits, values = found["peft"]
-            least, most = update_share(name, size, width=width, r=r)
+            least, most = update_share(name, size, device, width=width, r=r)
             for method in PLANS:
                 a, b = found[method]
                 ratios = f"{a / logits:.2f}", f"{b / values:.2f}"

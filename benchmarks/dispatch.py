@@ -6,8 +6,10 @@ python -m benchmarks.dispatch
 import statistics
 import tempfile
 import time
+from typing import Annotated
 
 import torch
+import typer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -35,21 +37,25 @@ SITUATIONS = {"training": (True, True), "evaluating": (True, False), "serving": 
 """name: (whether the adapter may train, whether gradients are on)."""
 
 
-def adapted(layers: int, *, trainable: bool) -> nn.Module:
+def adapted(layers: int, device: str, *, trainable: bool) -> nn.Module:
     """Layers with an adapter that may train, or with one that was loaded to serve."""
-    model = vera_fx.adapt(Stack(layers), vera_fx.VeraConfig(r=2, target_modules="all-linear"))
+    model = vera_fx.adapt(
+        Stack(layers).to(device), vera_fx.VeraConfig(r=2, target_modules="all-linear")
+    )
     if trainable:
         return model
     with tempfile.TemporaryDirectory() as folder:
         vera_fx.save_adapter(model, folder)
-        return vera_fx.load_adapter(Stack(layers), folder)
+        return vera_fx.load_adapter(Stack(layers).to(device), folder)
 
 
-def microseconds(situation: str, layers: int, leaves: int, rounds: int = 2000) -> float:
+def microseconds(
+    situation: str, layers: int, leaves: int, device: str, rounds: int = 2000
+) -> float:
     """Median of one call's Python cost around a known graph."""
     trainable, gradients = SITUATIONS[situation]
-    model = adapted(layers, trainable=trainable)
-    args = tuple(torch.randn(4, 8) for _ in range(leaves))
+    model = adapted(layers, device, trainable=trainable)
+    args = tuple(torch.randn(4, 8, device=device) for _ in range(leaves))
     samples = []
     with torch.set_grad_enabled(gradients):
         prepared = prepare(model, args, {"flag": True})
@@ -61,11 +67,11 @@ def microseconds(situation: str, layers: int, leaves: int, rounds: int = 2000) -
     return statistics.median(samples)
 
 
-def to_the_graph(layers: int, rounds: int = 2000) -> float:
+def to_the_graph(layers: int, device: str, rounds: int = 2000) -> float:
     """Median of what a call of RoBERTa's layers costs until its graph is known."""
-    model = narrow_roberta(layers, intermediate_size=64).eval()
+    model = narrow_roberta(layers, intermediate_size=64).eval().to(device)
     vera_fx.adapt(model, vera_fx.VeraConfig(r=4, target_modules=["query", "value"]))
-    ids = torch.randint(3, 90, (2, 6))
+    ids = torch.randint(3, 90, (2, 6)).to(device)
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     samples = []
     prepare(model, (), given)
@@ -76,16 +82,20 @@ def to_the_graph(layers: int, rounds: int = 2000) -> float:
     return statistics.median(samples)
 
 
-def main() -> None:
+def main(
+    device: Annotated[str, typer.Option(help="where models are")] = "cpu",
+) -> None:
     """Print the cost by number of layers and of tensor arguments."""
     table = Table("layers", "tensor arguments", *SITUATIONS, title="microseconds of a known call")
     for layers in (2, 20, 100):
         for leaves in (1, 12):
-            found = (f"{microseconds(name, layers, leaves):.0f}" for name in SITUATIONS)
+            found = (f"{microseconds(name, layers, leaves, device):.0f}" for name in SITUATIONS)
             table.add_row(str(layers), str(leaves), *found)
     Console().print(table)
-    Console().print(f"12 layers of RoBERTa, until the graph is known: {to_the_graph(12):.0f}")
+    Console().print(
+        f"12 layers of RoBERTa, until the graph is known: {to_the_graph(12, device):.0f}"
+    )
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -28,7 +28,7 @@ SYSTEMS = ("one batch", "one adapter", "ours in turn", "PEFT VeRA in turn", "PEF
 RANK = 256
 
 
-def base_of(shape: str) -> nn.Module:
+def base_of(shape: str, device: str = "cpu") -> nn.Module:
     """MiniLM's layers with a classifier, or two layers of Llama's architecture; random weights."""
     import transformers
 
@@ -36,11 +36,11 @@ def base_of(shape: str) -> nn.Module:
     if shape == "llama":
         sizes = {"hidden_size": 768, "intermediate_size": 2048, "num_attention_heads": 12}
         config: Any = transformers.LlamaConfig(vocab_size=1000, num_hidden_layers=2, **sizes)
-        return transformers.LlamaForCausalLM(config)
+        return transformers.LlamaForCausalLM(config).to(device)
     sizes = {"hidden_size": 384, "intermediate_size": 1536, "num_attention_heads": 12}
     off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     config = transformers.BertConfig(vocab_size=1000, num_hidden_layers=6, **sizes, **off)
-    return transformers.BertForSequenceClassification(config)
+    return transformers.BertForSequenceClassification(config).to(device)
 
 
 def data_of(shape: str, rows: int, length: int) -> list[dict[str, Any]]:
@@ -58,9 +58,11 @@ def data_of(shape: str, rows: int, length: int) -> list[dict[str, Any]]:
     ]
 
 
-def one_batch(shape: str, jobs: int, rows: int, length: int, compiled: bool) -> Callable[[], None]:
+def one_batch(
+    shape: str, jobs: int, rows: int, length: int, compiled: bool, device: str
+) -> Callable[[], None]:
     """A step of all jobs in one batch, optimiser included."""
-    model = base_of(shape)
+    model = base_of(shape, device)
     call = torch.compile(model) if compiled else model
     many = ManyJobs(Forward(model, call, padding_for(0)))
     data = data_of(shape, rows, length)
@@ -80,7 +82,11 @@ def in_turn(
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2)
     data, each = data_of(shape, rows, length), rows // jobs
-    batches = [padding_for(0)(data[at : at + each]) for at in range(0, rows, each)]
+    device = trained[0].device
+    batches = [
+        {name: value.to(device) for name, value in padding_for(0)(data[at : at + each]).items()}
+        for at in range(0, rows, each)
+    ]
 
     def step() -> None:
         for batch in batches:
@@ -92,12 +98,18 @@ def in_turn(
 
 
 def make(
-    system: str, shape: str, jobs: int, rows: int, length: int, compiled: bool
+    system: str,
+    shape: str,
+    jobs: int,
+    rows: int,
+    length: int,
+    compiled: bool,
+    device: str = "cpu",
 ) -> Callable[[], None]:
     """One round of one system: a step of every job."""
     if system == "one batch":
-        return one_batch(shape, jobs, rows, length, compiled)
-    base, targets = base_of(shape), TARGETS[shape]
+        return one_batch(shape, jobs, rows, length, compiled, device)
+    base, targets = base_of(shape, device), TARGETS[shape]
     jobs = 1 if system == "one adapter" else jobs
     if system in {"one adapter", "ours in turn"}:
         model: Any = vera_fx.adapt(base, vera_fx.VeraConfig(r=RANK, target_modules=targets))
@@ -120,7 +132,7 @@ def peak(system: str, shape: str, jobs: int, rows: int, length: int) -> float:
     return float(done.stdout.split()[-1])
 
 
-def measured(
+def measured(  # noqa: PLR0913
     shape: str,
     jobs: int,
     rows: int,
@@ -129,11 +141,12 @@ def measured(
     systems: list[str],
     *,
     compiled: bool,
+    device: str,
 ) -> dict[str, Any]:
     """Milliseconds of a round of each system, in turns."""
     torch._dynamo.reset()
-    runs = {name: make(name, shape, jobs, rows, length, compiled) for name in systems}
-    spreads = interleaved(runs, rounds, inner=1)
+    runs = {name: make(name, shape, jobs, rows, length, compiled, device) for name in systems}
+    spreads = interleaved(runs, rounds, inner=1, device=device)
     return {name: vars(spread) for name, spread in spreads.items()}
 
 
@@ -146,6 +159,7 @@ def main(  # noqa: PLR0913, PLR0917
     rounds: Annotated[int, typer.Option(min=4)] = 5,
     compiled: Annotated[bool, typer.Option("--compile/--eager")] = False,
     memory: Annotated[bool, typer.Option("--memory/--no-memory")] = True,
+    device: Annotated[str, typer.Option(help="where models are")] = "cpu",
     output: Annotated[Path, typer.Option()] = Path("out/bench_many_jobs.json"),
 ) -> None:
     """Steps with AdamW: 1 to 64 jobs at equal total rows; times as ratios to all of them in one batch."""
@@ -155,11 +169,12 @@ def main(  # noqa: PLR0913, PLR0917
     )
     for shape in shapes:
         for count in jobs:
+            names = [SYSTEMS[0], *systems]
             spreads = measured(
-                shape, count, rows, length, rounds, [SYSTEMS[0], *systems], compiled=compiled
+                shape, count, rows, length, rounds, names, compiled=compiled, device=device
             )
             mine = spreads[SYSTEMS[0]]
-            names = (SYSTEMS[0], "ours in turn") if memory else ()
+            names = [SYSTEMS[0], "ours in turn"] if memory and device == "cpu" else []
             most = {name: peak(name, shape, count, rows, length) for name in names}
             times = [f"{spreads[name]['median'] / mine['median']:.2f}" for name in systems]
             spread = f"{mine['median']:.0f} ({mine['low']:.0f}-{mine['high']:.0f})"
@@ -169,7 +184,10 @@ def main(  # noqa: PLR0913, PLR0917
             found.append({"shape": shape, "jobs": count, "ms": spreads, "mib": most})
     console.print(table)
     console.print("MiB at most: in one batch, in turn. One adapter: a step of one on as many rows.")
-    write(output, {"rows": rows, "length": length, "compiled": compiled, "results": found})
+    write(
+        output,
+        {"rows": rows, "length": length, "compiled": compiled, "device": device, "results": found},
+    )
 
 
 if __name__ == "__main__":

@@ -72,10 +72,11 @@ def peft_runs(case: Case, arguments: dict[str, Any]) -> dict[str, Callable[[], A
 def main(
     rounds: Annotated[int, typer.Option(min=4)] = 8,
     layers: Annotated[int, typer.Option(min=1)] = 2,
+    device: Annotated[str, typer.Option(help="where models are")] = "cpu",
     output: Annotated[Path, typer.Option()] = Path("out/bench_mixed.json"),
 ) -> None:
     """Time RoBERTa's shape, 64 rows of 16 tokens, query and value at rank 256, 65 adapters loaded."""
-    case = Case("mixed", "roberta", QV["roberta"], 256, layers, ROWS, 16)
+    case = Case("mixed", "roberta", QV["roberta"], 256, layers, ROWS, 16, device=device)
     arguments = {key: value.detach() for key, value in inputs(case).items()}
     compiled = our_runs(case, arguments, compiled=True)
     runs = {
@@ -84,7 +85,7 @@ def main(
         **peft_runs(case, arguments),
     }
     with torch.no_grad():
-        spreads = interleaved(runs, rounds)
+        spreads = interleaved(runs, rounds, device=device)
     table = Table("64 rows x 16 tokens", "ms (quartiles)", "to uniform", "rows/s")
     for name, spread in spreads.items():
         own = spreads["uniform, compiled" if "compiled" in name else "uniform"].median

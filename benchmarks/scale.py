@@ -137,10 +137,11 @@ def main(
     layers: Annotated[int, typer.Option(min=1)] = 12,
     rounds: Annotated[int, typer.Option(min=4)] = 5,
     folder: Annotated[Path, typer.Option(help="made if missing, about 1 GiB")] = Path("out/scale"),
+    device: Annotated[str, typer.Option(help="where models are")] = "cpu",
     output: Annotated[Path, typer.Option()] = Path("out/bench_scale.json"),
 ) -> None:
     """Load them all, then mix them: RoBERTa-base's shape, query and value at rank 256."""
-    case = Case("scale", "roberta", QV["roberta"], 256, layers, ROWS, 16)
+    case = Case("scale", "roberta", QV["roberta"], 256, layers, ROWS, 16, device=device)
     base = build(case).eval().requires_grad_(requires_grad=False)
     if not (folder / "adapters" / f"a{adapters - 1}").exists():
         make_folder(base, case, folder, adapters)
@@ -153,7 +154,9 @@ def main(
         place = folder / "adapters" / f"a{number}"
         vera_fx.load_adapter(few, place, adapter_name=f"a{number}", plan="factored")
     with torch.inference_mode():
-        spreads = interleaved(mixtures(few, model, adapters, arguments), rounds, inner=1)
+        spreads = interleaved(
+            mixtures(few, model, adapters, arguments), rounds, inner=1, device=device
+        )
     show(loads, spreads, store)
     times = {name: vars(spread) for name, spread in spreads.items()}
     write(output, {"adapters": adapters, "layers": layers, "loading": loads, "times_ms": times})

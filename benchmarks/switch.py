@@ -17,6 +17,7 @@ from torch import nn
 
 import vera_fx
 from benchmarks.cases import narrow_roberta
+from benchmarks.devices import wait
 from benchmarks.report import console, write
 
 TARGETS = ["query", "value"]
@@ -24,9 +25,9 @@ SIZES = [(2, 2), (12, 2), (12, 50), (96, 2)]
 """(layers, adapters) that are measured."""
 
 
-def roberta(layers: int) -> nn.Module:
+def roberta(layers: int, device: str) -> nn.Module:
     """A narrow RoBERTa: a switch does not look at how wide a layer is."""
-    return narrow_roberta(layers, intermediate_size=64).eval()
+    return narrow_roberta(layers, intermediate_size=64).eval().to(device)
 
 
 def ours(base: nn.Module, adapters: int, *, trainable: bool) -> Callable[[str], None]:
@@ -49,18 +50,21 @@ def theirs(base: nn.Module, adapters: int) -> Callable[[str], None]:
     return model.set_adapter
 
 
-def microseconds(switch: Callable[[str], None], rounds: int) -> float:
-    """Median over switches back and forth."""
+def microseconds(switch: Callable[[str], None], rounds: int, device: str) -> float:
+    """Median over switches back and forth, until the device is done with them."""
     samples: list[float] = []
     for number in range(rounds + 10):
+        wait(device)
         start = time.perf_counter()
         switch(f"a{number % 2}")
+        wait(device)
         samples.append(1e6 * (time.perf_counter() - start))
     return statistics.median(samples[10:])
 
 
 def main(
     rounds: Annotated[int, typer.Option(min=10)] = 300,
+    device: Annotated[str, typer.Option(help="where models are")] = "cpu",
     output: Annotated[Path, typer.Option()] = Path("out/bench_switch.json"),
 ) -> None:
     """Time switches between two of the adapters."""
@@ -68,13 +72,13 @@ def main(
     table = Table("layers", "adapters", *columns, title="microseconds a switch")
     figures: list[dict[str, Any]] = []
     for layers, adapters in SIZES:
-        base = roberta(layers)
+        base = roberta(layers, device)
         switches = {
             "serving": ours(copy.deepcopy(base), adapters, trainable=False),
             "may train": ours(copy.deepcopy(base), adapters, trainable=True),
             "PEFT": theirs(base, adapters),
         }
-        found = {name: microseconds(switch, rounds) for name, switch in switches.items()}
+        found = {name: microseconds(switch, rounds, device) for name, switch in switches.items()}
         figures.append({"layers": layers, "adapters": adapters, "microseconds": found})
         table.add_row(str(layers), str(adapters), *(f"{found[name]:.0f}" for name in columns))
     console.print(table)
