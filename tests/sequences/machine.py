@@ -125,7 +125,7 @@ class Machine(RuleBasedStateMachine):
         ):
             vera_fx.set_adapter(self.model, names)
         self.world.unmerge()
-        self.world.activate(names)
+        self.world.activate(names, together=[])
 
     @rule(which=WHICH)
     def delete(self, which: int) -> None:
@@ -320,12 +320,56 @@ class Machine(RuleBasedStateMachine):
             return
         with torch.no_grad():
             results = [self.model(x, adapter_names=names)]
-        if {*names} <= {BASE, *world.active}:  # those train, if any does
+        if {*names} <= {BASE, *(world.together or world.active)}:  # those train, if any does
             results.append(self.model(x, adapter_names=names).detach())
         for found in results:
             for row, name in enumerate(names):
                 chosen = [] if name == BASE or world.disabled else [world.adapters[name]]
                 assert_close(found[row], world.output(x[row], chosen), factor=20)
+
+    @rule(chosen=st.lists(WHICH, min_size=1, max_size=3))
+    def train_together(self, chosen: list[int]) -> None:
+        world, names = self.world, list(dict.fromkeys(map(self.named, chosen)))
+        if not all(name in world.adapters and world.adapters[name].trainable for name in names):
+            with pytest.raises(vera_fx.AdapterError):
+                vera_fx.train_adapters(self.model, names)
+            return
+        vera_fx.train_adapters(self.model, names)
+        world.activate(world.active, together=names)
+
+    @precondition(lambda self: self.world.together and not self.world.merged)
+    @rule(data=st.data(), count=st.integers(1, 4), compiled=st.sampled_from([False, False, True]))
+    def train_rows(self, data: st.DataObject, count: int, compiled: bool) -> None:
+        """A step of several adapters, each on the rows that have its name."""
+        world, x = self.world, rows((count, 5), 4)
+        among = st.sampled_from([BASE, *world.together])
+        names = data.draw(st.lists(among, min_size=count, max_size=count))
+        y = (self.compiled if compiled else self.model)(x, adapter_names=names)
+        off = bool(world.disabled)
+        owns = [[] if off or name == BASE else [world.adapters[name]] for name in names]
+        used = [] if off else sorted({*names} - {BASE})
+        leaves = [
+            t.requires_grad_() for name in used for t in world.adapters[name].tensors().values()
+        ]
+        expected = torch.stack([world.output(x[row], one) for row, one in enumerate(owns)])
+        assert_close(y.detach(), expected.detach(), factor=20)
+        if not used:
+            return
+        y.square().sum().backward()
+        grads = torch.autograd.grad(expected.square().sum(), leaves, allow_unused=True)
+        bank = self.model.vera
+        with torch.no_grad():
+            for name in world.adapters:
+                for parameter in bank.adapter(name).parameters():
+                    if name not in used:  # nothing of a row that is not its own
+                        assert parameter.grad is None or not parameter.grad.any()
+                    elif parameter.grad is not None:
+                        parameter.sub_(0.01 * parameter.grad)
+                    parameter.grad = None
+            for leaf, grad in zip(leaves, grads, strict=True):
+                if grad is not None:
+                    leaf.sub_(0.01 * grad)
+                leaf.requires_grad_(False)
 
     @precondition(lambda self: not self.blocks)
     @rule(r=st.integers(1, 9), plan=st.sampled_from(PLANS))
@@ -344,7 +388,7 @@ class Machine(RuleBasedStateMachine):
         )
         self.compile()
         self.register("a")
-        world.activate(["a"])
+        world.activate(["a"], together=[])
 
     # --- what always holds ------------------------------------------------------------------------
 

@@ -128,6 +128,7 @@ class World:
     Attributes:
         kind: of the model.
         base: weight and bias by layer.
+        together: adapters that train in the place of the active ones, each on its own rows.
     """
 
     kind: str
@@ -136,6 +137,7 @@ class World:
     adapters: dict[str, Own] = field(default_factory=dict)
     active: list[str] = field(default_factory=list)
     merged: list[str] = field(default_factory=list)
+    together: list[str] = field(default_factory=list)
     disabled: int = 0
 
     def computing(self) -> list[str]:
@@ -143,8 +145,8 @@ class World:
         return [] if self.disabled else [name for name in self.active if name not in self.merged]
 
     def learning(self) -> list[str]:
-        """Adapters that a training step changes."""
-        return [name for name in self.computing() if self.adapters[name].trainable]
+        """Adapters that a training step of a call without names changes."""
+        return [name for name in self.computing() if self.adapters[name].learns]
 
     def at_work(self) -> list[Own]:
         """All that a call's result depends on, as it does."""
@@ -203,9 +205,17 @@ class World:
             self.unmerge()
             self.merge(merged)
 
-    def activate(self, names: list[str]) -> None:
-        for name in {*self.active, *names} & self.adapters.keys():
-            self.adapters[name].learns = self.adapters[name].trainable and name in names
+    def activate(self, names: list[str], together: list[str] | None = None) -> None:
+        """These are active; and those of ``together`` train in their place, as long as there are some."""
+        before = [*self.active, *self.together]
+        self.together = [
+            name
+            for name in (self.together if together is None else together)
+            if name in self.adapters
+        ]
+        learning = self.together or names
+        for name in {*before, *names, *self.together} & self.adapters.keys():
+            self.adapters[name].learns = self.adapters[name].trainable and name in learning
         self.active = names
 
     def trained(self) -> dict[str, dict[str, Tensor]]:
