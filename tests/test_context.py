@@ -14,7 +14,7 @@ import vera_fx
 from tests.models import BY_NAME
 from vera_fx import _context
 
-MODELS = ("mlp", "llama", "t5")
+MODELS = ("mlp", "llama", pytest.param("t5", marks=pytest.mark.slow))
 
 
 def resident() -> dict[str, int]:
