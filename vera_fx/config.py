@@ -75,6 +75,7 @@ class AdapterConfig:
     """What configurations on disk call the kind."""
 
     read_file: ClassVar[Callable[[Path], "AdapterConfig"]]
+    write_file: ClassVar[Callable[["AdapterConfig", Path], None]]
     """Reads a folder's file; set by `vera_fx.checkpoint`, which knows the form."""
 
     biases: ClassVar[tuple[str, str, str]] = ("none", "all", "targets_only")
@@ -144,6 +145,20 @@ class AdapterConfig:
                 f"{type(found).__name__}.from_pretrained"
             )
         return found.replace(**changes)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Write ``adapter_config.json``, as PEFT's method of this name: all but the plan, which it lacks.
+
+        `vera_fx.save_adapter` writes the file of an adapter, with its weights.
+
+        Args:
+            save_directory: the folder; made if it is missing.
+
+        Raises:
+            CheckpointError: it cannot be written.
+            ConfigError: it has ``exclude_modules``, which PEFT has no word for.
+        """
+        AdapterConfig.write_file(self, Path(save_directory))
 
     def to_dict(self) -> dict[str, Any]:
         """The fields by name, and ``peft_type``, as PEFT's ``to_dict`` has them."""

@@ -84,3 +84,20 @@ def test_bookkeeping_fields_are_pefts(tmp_path: Path) -> None:
         vera_fx.DVoraConfig.from_pretrained(tmp_path)
     loaded = vera_fx.load_adapter(copy.deepcopy(base()), tmp_path)
     assert torch.equal(loaded(X), model(X))
+
+
+def test_a_configuration_is_written_for_peft(tmp_path: Path) -> None:
+    fields = {**THEIRS, "modules_to_save": ["head"], "revision": "v2", "d_initial": 0.3}
+    ours = vera_fx.VeraConfig(**fields, plan="merged")
+
+    ours.save_pretrained(tmp_path / "new")
+
+    theirs, expected = peft.PeftConfig.from_pretrained(tmp_path / "new"), peft.VeraConfig(**fields)
+    assert theirs.to_dict() == expected.to_dict()
+    assert vera_fx.VeraConfig.from_pretrained(tmp_path / "new") == ours.replace(plan="auto")
+    with pytest.raises(vera_fx.ConfigError, match="exclude_modules"):
+        ours.replace(exclude_modules=["x"]).save_pretrained(tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(vera_fx.CheckpointError, match="cannot be written"):
+        ours.save_pretrained(tmp_path / "file")

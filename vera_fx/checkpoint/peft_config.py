@@ -78,6 +78,29 @@ def to_json(model: nn.Module, adapter: Adapter, config: AdapterConfig) -> str:
     return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
 
+def config_json(config: AdapterConfig) -> str:
+    """The text of the ``adapter_config.json`` of no adapter: what the configuration says alone.
+
+    Raises:
+        ConfigError: it has ``exclude_modules``.
+    """
+    if config.exclude_modules:
+        raise ConfigError(
+            f"exclude_modules={shown(config.exclude_modules)} has no place in PEFT's files; save an adapter "
+            "(vera_fx.save_adapter), whose file lists the targets that a model has"
+        )
+    values: dict[str, Any] = {n: _plain(getattr(config, n)) for n in _fields(type(config))}
+    values.update(
+        auto_mapping=config.auto_mapping,
+        base_model_name_or_path=config.base_model_name_or_path,
+        inference_mode=config.inference_mode,
+        peft_type=config.peft_type,
+        peft_version=PEFT_VERSION,
+        revision=config.revision,
+    )
+    return json.dumps(values, indent=2, sort_keys=True) + "\n"
+
+
 def exact_targets(model: nn.Module, paths: Iterable[str]) -> list[str] | str:
     """The targets as full paths; as an expression where those are the ends of other paths."""
     # PEFT matches the entries of a list with the ends of paths, too.

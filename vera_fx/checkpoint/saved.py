@@ -19,6 +19,7 @@ from typing import Any, Self
 from vera_fx.checkpoint.peft_config import (
     CONFIG_FILE,
     MAX_BYTES,
+    config_json,
     config_of,
     differences,
     origin_of,
@@ -26,7 +27,7 @@ from vera_fx.checkpoint.peft_config import (
 )
 from vera_fx.checkpoint.weights_file import WEIGHTS_FILE, weights_in
 from vera_fx.config import AdapterConfig
-from vera_fx.disk.files import read_limited, sha256
+from vera_fx.disk.files import moved_into, read_limited, sha256, writing
 from vera_fx.disk.safetensors_file import WeightsFile
 from vera_fx.errors import CheckpointError, listing, shown
 
@@ -170,10 +171,31 @@ def _config_text(folder: Path) -> bytes | None:
 
 
 def _read_config(directory: Path) -> AdapterConfig:
-    """What `AdapterConfig.from_pretrained` reads."""
-    with open_saved(path_of(directory)) as saved:
-        name, revision = (saved.origin.get(k) for k in ("base_model_name_or_path", "revision"))
-        return saved.config.replace(base_model_name_or_path=name, revision=revision)
+    """What `AdapterConfig.from_pretrained` reads: an adapter's file, or one that is there alone."""
+    folder = path_of(directory)
+    if not (folder / WEIGHTS_FILE).is_file() and (text := _config_text(folder)) is not None:
+        where = str(folder / CONFIG_FILE)
+        values = parse_config(text, where)
+        return _with_origin(config_of(values, where), origin_of(values))
+    with open_saved(folder) as saved:
+        return _with_origin(saved.config, saved.origin)
+
+
+def _with_origin(config: AdapterConfig, origin: Mapping[str, str]) -> AdapterConfig:
+    name, revision = (origin.get(key) for key in ("base_model_name_or_path", "revision"))
+    return config.replace(base_model_name_or_path=name, revision=revision)
 
 
 AdapterConfig.read_file = _read_config
+
+
+def _write_config(config: AdapterConfig, folder: Path) -> None:
+    text = config_json(config)
+    try:
+        with writing(folder), moved_into(folder) as aside:
+            (aside / CONFIG_FILE).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be written to: {error}") from error
+
+
+AdapterConfig.write_file = _write_config
