@@ -23,8 +23,13 @@ class Keeper(TrainerCallback):
         self.shapes = shapes
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Let a checkpoint hold the losses up to it: what Trainer has not logged is lost by a kill."""
-        del args, state, kwargs
+        """Evaluate the last step too; let a checkpoint hold the losses up to it.
+
+        What Trainer has not logged is lost by a kill.
+        """
+        del kwargs
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = args.eval_strategy != "no"
         control.should_log = control.should_log or control.should_save
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

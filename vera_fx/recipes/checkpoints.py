@@ -105,25 +105,22 @@ def sweep(root: Path, keep: Sequence[int] | None = None) -> None:
             shutil.rmtree(folder)
 
 
-def evaluations(history: History, metric: str) -> list[tuple[int, float]]:
-    """The steps that were evaluated, with a figure of each."""
-    key = f"eval_{metric}"
-    return [(entry["step"], entry[key]) for entry in history if key in entry]
-
-
 def best_step(history: History, metric: str, *, greater: bool) -> int | None:
-    """The first step with the best figure; None if there is none that is a number."""
-    found = [(s, v) for s, v in evaluations(history, metric) if not math.isnan(v)]
-    if not found:
-        return None
-    return (max if greater else min)(found, key=lambda entry: entry[1])[0]
+    """The first step with the best figure, of equal ones that with the smaller loss.
+
+    None if no figure is a number.
+    """
+    key, sign = f"eval_{metric}", -1 if greater else 1
+    found = [entry for entry in history if key in entry and not math.isnan(entry[key])]
+    best = min(found, key=lambda entry: (sign * entry[key], entry["eval_loss"]), default=None)
+    return None if best is None else best["step"]
 
 
 def is_stale(history: History, metric: str, patience: int | None, *, greater: bool) -> bool:
     """Whether so many evaluations have gone by since the best one that a run is to stop."""
     if patience is None:
         return False
-    steps = [step for step, _ in evaluations(history, metric)]
+    steps = [entry["step"] for entry in history if f"eval_{metric}" in entry]
     best = best_step(history, metric, greater=greater)
     since = len([step for step in steps if best is None or step > best])
     return since >= patience

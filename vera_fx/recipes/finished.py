@@ -16,7 +16,7 @@ from vera_fx.recipes.evaluation import batches, evaluate
 from vera_fx.recipes.recipe import Recipe
 from vera_fx.recipes.run_folder import RunFolder
 from vera_fx.recipes.tasks.kinds import kind_of
-from vera_fx.recipes.tasks.protocol import Row, Task
+from vera_fx.recipes.tasks.protocol import Task
 from vera_fx.recipes.train import canonical, for_task
 
 
@@ -89,7 +89,4 @@ class Finished:
         Raises:
             ConfigError: the task is not one of texts.
         """
-        if self.recipe.task == "images":
-            raise ConfigError("a run on images predicts from pictures; give a file or a folder")
-        rows: list[Row] = [{"text": text} for text in texts]
-        return self.answers(rows)
+        return self.answers([self.task.row_of(text) for text in texts])

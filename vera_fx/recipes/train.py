@@ -1,19 +1,19 @@
 """From a recipe and a folder to an adapter, in one go or in as many as it takes."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PrinterCallback
 
 import vera_fx
 from vera_fx.errors import ConfigError
 from vera_fx.recipes import checkpoints, data
 from vera_fx.recipes.callbacks import Keeper, Stopper
 from vera_fx.recipes.data import EVAL, TRAIN, Rows
-from vera_fx.recipes.evaluation import evaluate
 from vera_fx.recipes.recipe import Recipe
 from vera_fx.recipes.run_folder import RunFolder
 from vera_fx.recipes.tasks.kinds import kind_of
@@ -143,18 +143,15 @@ def _train(ready: Prepared, folder: RunFolder, watch: Watcher | None) -> dict[st
     trainer = RecipeTrainer(model, ready.task, recipe, rows, root, shapes)
     if known is None or not (known.step >= steps.total or stopper.is_over(known.history)):
         replay(model, ready.task, shapes)
+        trainer.remove_callback(PrinterCallback)
         trainer.add_callback(Keeper(root, ready.metric, greater=ready.greater, shapes=shapes))
         trainer.add_callback(stopper)
         begun = known.step if known else 0
-        for callback in (*_tensorboard(recipe, folder, begun), *(watch or _nothing)(steps, begun, trainer)):  # fmt: skip
+        shown = () if watch is None else watch(steps, begun, trainer)
+        for callback in (*_tensorboard(recipe, folder, begun), *shown):
             trainer.add_callback(callback)
         trainer.train(resume_from_checkpoint=str(known.folder) if known else None)
     return _finish(ready, folder, trainer.model)
-
-
-def _nothing(steps: Steps, begun: int, trainer: RecipeTrainer) -> Sequence[Any]:
-    del steps, begun, trainer
-    return ()
 
 
 def adapted(recipe: Recipe, task: Task) -> Any:
@@ -203,10 +200,8 @@ def _finish(ready: Prepared, folder: RunFolder, model: nn.Module) -> dict[str, A
     best = checkpoints.best_step(last.history, ready.metric, greater=ready.greater)
     chosen = last.step if best is None else best
     checkpoints.load_weights(model, checkpoints.at(folder.checkpoints, chosen))
-    size = ready.recipe.batch_size
-    figures = None if ready.held is None else evaluate(model, ready.task, ready.held, size)
     vera_fx.save_adapter(model, folder.adapter)
-    keys = [name for name in ready.task.figures]
+    found = [_figures(ready, entry) for entry in last.history if f"eval_{ready.metric}" in entry]
     return {
         "task": ready.recipe.task,
         "steps": last.step,
@@ -216,10 +211,11 @@ def _finish(ready: Prepared, folder: RunFolder, model: nn.Module) -> dict[str, A
             "held out": 0 if ready.held is None else len(ready.held),
         },
         "trainable": vera_fx.parameter_summary(model).trainable,
-        "evaluation": figures,
-        "evaluations": [
-            {"step": entry["step"], **{key: entry[f"eval_{key}"] for key in keys}}
-            for entry in last.history
-            if f"eval_{ready.metric}" in entry
-        ],
+        "evaluation": next((figures for figures in found if figures["step"] == chosen), None),
+        "evaluations": found,
     }
+
+
+def _figures(ready: Prepared, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """An evaluation out of the log."""
+    return {"step": entry["step"], **{name: entry[f"eval_{name}"] for name in ready.task.figures}}

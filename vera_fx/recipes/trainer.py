@@ -44,6 +44,7 @@ class RecipeTrainer(transformers.Trainer):
             model=model,
             args=arguments(recipe, steps, folder, evaluates=rows[1] is not None),
             train_dataset=rows[0],
+            eval_dataset=rows[1],
             data_collator=task.batch,
             optimizers=(_optimizer(model, recipe), None),  # type: ignore[arg-type]  # None is allowed
         )
@@ -56,7 +57,7 @@ class RecipeTrainer(transformers.Trainer):
         self,
         model: nn.Module,
         inputs: Batch,
-        return_outputs: bool = False,  # noqa: FBT001, FBT002
+        return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The task's loss."""
@@ -144,7 +145,7 @@ def arguments(
         disable_tqdm=True,
         use_cpu=recipe.device == "cpu",
         torch_compile=recipe.compile,
-        gradient_checkpointing=recipe.checkpointing,
+        activation_checkpointing=recipe.checkpointing,
         remove_unused_columns=False,
         dataloader_pin_memory=recipe.device != "cpu" and torch.cuda.is_available(),
     )

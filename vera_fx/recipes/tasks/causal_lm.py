@@ -20,17 +20,24 @@ from vera_fx.recipes.tasks.protocol import Batch, Row, on_device_of
 
 @dataclass(frozen=True)
 class CausalLM:
-    """A `Task`."""
+    """A `Task`.
+
+    Attributes:
+        form: the columns that it was trained on.
+        new_tokens: the most that an answer has.
+    """
 
     recipe: Recipe
     chat: Chat
     padding: Padding
+    form: tuple[str, ...]
     new_tokens: int = 64
 
     task_type: ClassVar[str | None] = "CAUSAL_LM"
     best: ClassVar[str] = "loss"
     figures: ClassVar[Mapping[str, bool]] = {"loss": False, "perplexity": False, "accuracy": True}
     by_tokens: ClassVar[bool] = True
+    call: ClassVar[Mapping[str, Any]] = {"use_cache": False}
 
     @staticmethod
     def columns(there: Sequence[str]) -> tuple[str, ...]:
@@ -49,7 +56,7 @@ class CausalLM:
         Raises:
             ConfigError: a row has nothing to learn.
         """
-        made = cls.from_facts(recipe, {})
+        made = cls.from_facts(recipe, {"form": form_of(rows.column_names)})
         for number, row in enumerate(rows):
             if set(made.chat.tokens(row)[1]) == {IGNORED}:
                 raise ConfigError(
@@ -62,14 +69,13 @@ class CausalLM:
     @classmethod
     def from_facts(cls, recipe: Recipe, facts: Mapping[str, Any]) -> Self:
         """For a run that was begun."""
-        del facts
         tokenizer = load_tokenizer(recipe.model)
         chat = Chat(tokenizer, recipe.length, recipe.turns)
-        return cls(recipe, chat, Padding(tokenizer, recipe.length))
+        return cls(recipe, chat, Padding(tokenizer, recipe.length), tuple(facts["form"]))
 
     def facts(self) -> dict[str, Any]:
-        """Nothing."""
-        return {}
+        """The form of its rows."""
+        return {"form": list(self.form)}
 
     def load(self) -> Base:
         """The language model."""
@@ -105,7 +111,7 @@ class CausalLM:
     def _losses(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Losses, labels and whether they were likeliest, ``(rows, length - 1)``."""
         labels = batch.pop("labels")[:, 1:]
-        logits = model(**batch, use_cache=False).logits[:, :-1].float()
+        logits = model(**batch, **self.call).logits[:, :-1].float()
         losses = F.cross_entropy(
             logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
         )
@@ -129,6 +135,12 @@ class CausalLM:
         perplexity = math.exp(min(loss, 700.0))
         accuracy = found["right"].sum().item() / tokens
         return {"loss": loss, "perplexity": perplexity, "accuracy": accuracy}
+
+    def row_of(self, text: str) -> Row:
+        """What the user says, a prompt, or the beginning of a text."""
+        if self.form == ("messages",):
+            return {"messages": [{"role": "user", "content": text}]}
+        return {self.form[0]: text}
 
     def asks(self, columns: Sequence[str]) -> tuple[str, ...]:
         """The question: what answers are learned to, or a text to go on with."""

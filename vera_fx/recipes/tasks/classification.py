@@ -21,6 +21,10 @@ class Classification(Classifier):
         """The texts."""
         return ("text", "text_pair") if "text_pair" in there else ("text",)
 
+    def row_of(self, text: str) -> Row:
+        """The text."""
+        return {"text": text}
+
     @classmethod
     def processor_of(cls, recipe: Recipe) -> Padding:
         """The model's tokeniser."""

@@ -32,6 +32,7 @@ class Classifier:
     best: ClassVar[str] = "accuracy"
     figures: ClassVar[Mapping[str, bool]] = labels.FIGURES
     by_tokens: ClassVar[bool] = False
+    call: ClassVar[Mapping[str, Any]] = {}
 
     @classmethod
     def columns(cls, there: Sequence[str]) -> tuple[str, ...]:

@@ -36,6 +36,7 @@ class Embeddings:
     best: ClassVar[str] = "accuracy"
     figures: ClassVar[Mapping[str, bool]] = {"loss": False, "accuracy": True, "mrr": True}
     by_tokens: ClassVar[bool] = False
+    call: ClassVar[Mapping[str, Any]] = {}
 
     @staticmethod
     def columns(there: Sequence[str]) -> tuple[str, ...]:
@@ -136,6 +137,10 @@ class Embeddings:
         batch = on_device_of(model, self.padding([str(row["text"]) for row in rows]))
         for vector in self.embed(model, batch).tolist():
             yield {"embedding": vector}
+
+    def row_of(self, text: str) -> Row:
+        """The text."""
+        return {"text": text}
 
     def asks(self, columns: Sequence[str]) -> tuple[str, ...]:
         """The text."""

@@ -23,6 +23,12 @@ class Images(Classifier):
         del there
         return ("image",)
 
+    def row_of(self, text: str) -> Row:
+        """None: it takes no texts."""
+        raise ConfigError(
+            f"a run on images predicts from pictures, not from {shown(text)}; give a file or a folder"
+        )
+
     @classmethod
     def processor_of(cls, recipe: Recipe) -> Any:
         """The model's image processor."""

@@ -22,12 +22,14 @@ class Task(Protocol):
         figures: all figures, and whether more is better.
         by_tokens: whether the loss is a mean over the labels of all batches of a step; else it is one
             over rows, and the step takes the mean of its batches'.
+        call: what the model is called with beside a batch.
     """
 
     task_type: ClassVar[str | None]
     best: ClassVar[str]
     figures: ClassVar[Mapping[str, bool]]
     by_tokens: ClassVar[bool]
+    call: ClassVar[Mapping[str, Any]]
 
     def facts(self) -> dict[str, Any]:
         """What was learned from the data, as JSON; with the recipe it makes the task again."""
@@ -59,6 +61,14 @@ class Task(Protocol):
 
     def answers(self, model: nn.Module, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
         """What the model says to rows without labels, as JSON, in their order."""
+        ...
+
+    def row_of(self, text: str) -> Row:
+        """A row for `answers` that asks one text.
+
+        Raises:
+            ConfigError: the task is not one of texts.
+        """
         ...
 
     def asks(self, columns: Sequence[str]) -> tuple[str, ...]:
