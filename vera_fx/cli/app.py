@@ -1,19 +1,21 @@
 """The commands, and what they take."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from vera_fx.cli import commands
+from vera_fx.cli import commands, runs
 from vera_fx.cli.doctor import diagnosis
+from vera_fx.cli.flags import with_recipe_flags
+from vera_fx.cli.folders import check_new
 from vera_fx.cli.inspect import adapter_report, is_adapter, model_report
 from vera_fx.cli.main import reported
 from vera_fx.cli.output import show
 
 app = typer.Typer(
     name="vera-fx",
-    help="VeRA adapters by a graph pass: look at models and adapters, merge, convert and export them.",
+    help="VeRA adapters by a graph pass: train, evaluate, predict, look at, merge, convert, export.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -22,6 +24,10 @@ Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 Model = Annotated[Path, typer.Argument(help="folder of a transformers model")]
 Adapter = Annotated[Path, typer.Argument(help="folder of a saved adapter, PEFT's or ours")]
 Out = Annotated[Path, typer.Argument(help="folder or file to write; must not exist")]
+Run = Annotated[Path, typer.Argument(help="folder of a finished run")]
+Moved = Annotated[Path | None, typer.Option("--model", help="where the model is now")]
+Columns = Annotated[list[str] | None, typer.Option("--column", help="name=column, repeated")]
+Batch = Annotated[int | None, typer.Option("--batch-size", min=1, help="rows in a batch")]
 
 
 @app.command()
@@ -86,3 +92,51 @@ def export(
 ) -> None:
     """Write model and adapter as a program that torch alone, or an ONNX runtime, runs."""
     show(commands.export(model, adapter, out, form=form, kind=kind, length=length), as_json=json)
+
+
+@app.command()
+@with_recipe_flags
+@reported
+def train(
+    out: Annotated[Path, typer.Argument(help="folder of the run, new or to go on with")],
+    recipe: Annotated[Path | None, typer.Option(help="YAML file; flags win over it")] = None,
+    json: Json = False,
+    **flags: Any,
+) -> None:
+    """Train an adapter; the same command goes on with a run that was stopped or killed."""
+    show(runs.train(out, recipe, flags), as_json=json)
+
+
+@app.command(name="eval")
+@reported
+def evaluate(
+    run: Run,
+    data: Annotated[Path, typer.Argument(help="rows with labels, as for training")],
+    model: Moved = None,
+    columns: Columns = None,
+    batch_size: Batch = None,
+    json: Json = False,
+) -> None:
+    """The figures of a finished run over other data."""
+    changes = {"model": model, "columns": columns, "batch_size": batch_size}
+    show(runs.evaluate(run, data, changes), as_json=json)
+
+
+@app.command()
+@reported
+def predict(
+    run: Run,
+    data: Annotated[Path | None, typer.Argument(help="rows without labels")] = None,
+    text: Annotated[list[str] | None, typer.Option(help="instead of data, repeated")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSONL file to write; else stdout")] = None,
+    model: Moved = None,
+    columns: Columns = None,
+    new_tokens: Annotated[int | None, typer.Option(help="most of a generated answer")] = None,
+) -> None:
+    """Ask a finished run: classes, vectors or texts, a JSON line for each row."""
+    if out is not None:
+        check_new(out)
+    answers = runs.predict(run, data, text or [], {"model": model, "columns": columns}, new_tokens)
+    written = runs.write(answers, out)
+    if written is not None:
+        show({"written": str(out), "rows": written}, as_json=False)

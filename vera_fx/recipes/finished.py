@@ -4,17 +4,19 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
 import vera_fx
 from vera_fx.errors import ConfigError
 from vera_fx.recipes import data
+from vera_fx.recipes.checks import whole
 from vera_fx.recipes.data import EVAL, TRAIN
 from vera_fx.recipes.evaluation import batches, evaluate
 from vera_fx.recipes.recipe import Recipe
 from vera_fx.recipes.run_folder import RunFolder
+from vera_fx.recipes.tasks.causal_lm import CausalLM
 from vera_fx.recipes.tasks.kinds import kind_of
 from vera_fx.recipes.tasks.protocol import Task
 from vera_fx.recipes.train import canonical, for_task
@@ -29,7 +31,7 @@ class Finished:
     model: Any
 
     @classmethod
-    def load(cls, path: Path, changes: Mapping[str, Any]) -> "Finished":
+    def load(cls, path: Path, changes: Mapping[str, Any]) -> Self:
         """Load a run's adapter onto its model.
 
         Args:
@@ -77,6 +79,17 @@ class Finished:
         rows = found.get(EVAL, found[TRAIN])
         wanted = self.task.asks(canonical(self.recipe.columns, rows.column_names))
         return self.answers(data.with_columns(rows, wanted, self.recipe.columns))
+
+    def with_new_tokens(self, count: int) -> Self:
+        """The same with answers of at most so many tokens.
+
+        Raises:
+            ConfigError: the task generates none, or the number is none of tokens.
+        """
+        if not isinstance(self.task, CausalLM):
+            raise ConfigError(f"a run on {self.recipe.task} generates no tokens")
+        count = whole(1)("new_tokens", count)
+        return dataclasses.replace(self, task=dataclasses.replace(self.task, new_tokens=count))
 
     def answers(self, rows: Any) -> Iterator[dict[str, Any]]:
         """An answer for every row."""

@@ -28,6 +28,8 @@ class RecipeTrainer(transformers.Trainer):
 
     Attributes:
         shapes: of the batches that were seen, in the order of their first times.
+        seen: how many tokens, or rows that have none, went through the model.
+        unit: which of the two.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class RecipeTrainer(transformers.Trainer):
         self.model_accepts_loss_kwargs = task.by_tokens
         self.loss_is_scaled_for_ga = task.by_tokens
         self.shapes = shapes
+        self.seen, self.unit = 0, "rows"
 
     def compute_loss(
         self,
@@ -65,6 +68,9 @@ class RecipeTrainer(transformers.Trainer):
         shape = shape_of(inputs)
         if shape not in self.shapes:
             self.shapes.append(shape)
+        ids = inputs.get("input_ids")
+        self.unit = "rows" if ids is None else "tokens"
+        self.seen += len(next(iter(inputs.values()))) if ids is None else ids.numel()
         return self._task.loss(model, dict(inputs), num_items_in_batch)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
