@@ -50,11 +50,7 @@ class Live(TrainerCallback):
         """A `vera_fx.recipes.train.Watcher`."""
         self._trainer, self._begun, self._total = trainer, begun, steps.total
         word = f"goes on after step {begun}" if begun else "begins"
-        rows = trainer.train_dataset
-        self._console.print(
-            f"training {word}: {steps.total} steps, {len(rows) if rows is not None else 0} rows, "
-            f"on {trainer.args.device}"
-        )
+        self._console.print(f"training {word}: {steps.total} steps on {trainer.args.device}")
         self._bar.update(self._task, total=steps.total, completed=begun)
         return (self,)
 

@@ -98,4 +98,8 @@ def _check_installed() -> None:
 def _hush() -> None:
     """Keep transformers from telling of heads that a recipe makes and trains on purpose."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
+    logging.getLogger("transformers.modeling_utils").addFilter(_is_no_report)
+
+
+def _is_no_report(record: logging.LogRecord) -> bool:
+    return "LOAD REPORT" not in record.getMessage()

@@ -151,7 +151,7 @@ def _train(ready: Prepared, folder: RunFolder, watch: Watcher | None) -> dict[st
         for callback in (*_tensorboard(recipe, folder, begun), *shown):
             trainer.add_callback(callback)
         trainer.train(resume_from_checkpoint=str(known.folder) if known else None)
-    return _finish(ready, folder, trainer.model)
+    return _finish(ready, folder, model)
 
 
 def adapted(recipe: Recipe, task: Task) -> Any:

@@ -50,7 +50,7 @@ class RecipeTrainer(transformers.Trainer):
             data_collator=task.batch,
             optimizers=(_optimizer(model, recipe), None),  # type: ignore[arg-type]  # None is allowed
         )
-        self._task, self._recipe, self._held = task, recipe, rows[1]
+        self._adapted, self._task, self._recipe, self._held = model, task, recipe, rows[1]
         self.model_accepts_loss_kwargs = task.by_tokens
         self.loss_is_scaled_for_ga = task.by_tokens
         self.shapes = shapes
@@ -76,7 +76,7 @@ class RecipeTrainer(transformers.Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The task's figures over the rows that were held out."""
         del args, kwargs
-        found = evaluate(self.model, self._task, self._held, self._recipe.batch_size)
+        found = evaluate(self._adapted, self._task, self._held, self._recipe.batch_size)
         logs = {f"eval_{name}": value for name, value in found.items()}
         self.log(logs)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)

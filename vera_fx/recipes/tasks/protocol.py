@@ -71,8 +71,8 @@ class Task(Protocol):
         """
         ...
 
-    def asks(self, columns: Sequence[str]) -> tuple[str, ...]:
-        """The columns that `answers` needs, of those that the data has."""
+    def asks(self, there: Sequence[str], /) -> tuple[str, ...]:
+        """The columns that `answers` needs, of those that are there."""
         ...
 
 
