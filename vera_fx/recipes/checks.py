@@ -76,7 +76,10 @@ def path(name: str, value: Any) -> Path:
 
 
 def names(name: str, value: Any) -> tuple[str, ...] | str:
-    """A list of words; one text stays one, as adapters' configurations tell them apart."""
+    """A list of words, or one text; configurations of adapters tell them apart.
+
+    A flag can only make lists: ``all-linear`` by itself is the text.
+    """
     if isinstance(value, str):
         return value
     if (
@@ -85,7 +88,7 @@ def names(name: str, value: Any) -> tuple[str, ...] | str:
         or not all(isinstance(v, str) for v in value)
     ):
         raise ConfigError(f"{name} must be a text or a list of texts, got {shown(value)}")
-    return tuple(value)
+    return "all-linear" if tuple(value) == ("all-linear",) else tuple(value)
 
 
 def texts_by_text(name: str, value: Any) -> dict[str, str]:
