@@ -49,10 +49,12 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text("x")
     (tmp_path / "c.csv").write_text("text,label\n")
     (tmp_path / "d").mkdir()
+    (tmp_path / "f.jsonl").touch()
     for name, words in {
         "a.jsonl": "cannot be read",
         "b.txt": "must end in",
         "c.csv": "no rows",
+        "f.jsonl": "no rows",
         "d": "holds no pictures",
         "e.csv": "no file or folder",
     }.items():
@@ -88,13 +90,17 @@ def test_splits_are_by_chance_and_the_same_again() -> None:
 
 def test_labels() -> None:
     def classes(values: list[Any]) -> tuple[str, ...]:
-        return classes_of(with_label_texts(datasets.Dataset.from_dict({"label": values})))
+        return classes_of(
+            with_label_texts(datasets.Dataset.from_dict({"label": values, "n": values}))
+        )
 
     assert classes([10, 9, 10]) == ("9", "10")
     assert classes(["b", "a"]) == ("a", "b")
     assert classes([True, False]) == ("False", "True")
-    features = datasets.Features({"label": datasets.ClassLabel(names=["dog", "cat"])})
-    rows = datasets.Dataset.from_dict({"label": [1, 0]}, features=features)
+    features = datasets.Features(
+        {"label": datasets.ClassLabel(names=["dog", "cat"]), "n": datasets.Value("int64")}
+    )
+    rows = datasets.Dataset.from_dict({"label": [1, 0], "n": [5, 6]}, features=features)
     assert list(with_label_texts(rows)["label"]) == ["cat", "dog"]
     assert indices(["b", "a"], ("a", "b")).tolist() == [1, 0]
     with pytest.raises(ConfigError, match="'c' is none of the classes"):

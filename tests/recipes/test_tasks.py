@@ -120,7 +120,7 @@ def test_figures_of_retrieval(tmp_path: Any) -> None:
 def wide() -> Any:
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=20, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
+        vocab_size=20, hidden_size=256, intermediate_size=64, num_hidden_layers=1,
         num_attention_heads=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     adapter = vera_fx.VeraConfig(r=64, target_modules=["query", "value"])

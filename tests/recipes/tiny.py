@@ -73,7 +73,9 @@ def llama(folder: Path) -> Path:
         bos_token_id=1,
         eos_token_id=2,
     )
-    return _saved(LlamaForCausalLM(config), folder, tokenizer())
+    model = LlamaForCausalLM(config)
+    model.lm_head.weight.data *= 20  # it stays frozen, and is to be able to say something
+    return _saved(model, folder, tokenizer())
 
 
 def vit(folder: Path) -> Path:

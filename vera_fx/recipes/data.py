@@ -40,6 +40,8 @@ def read(path: Path) -> dict[str, Rows]:
     except ConfigError:
         raise
     except Exception as error:  # whatever the readers of datasets, pandas and pyarrow raise
+        if isinstance(error, StopIteration) or "corresponds to no data" in str(error):
+            raise ConfigError(f"{path} has no rows") from error
         raise ConfigError(f"{path} cannot be read: {first_line(error)}") from error
     for name, rows in found.items():
         if not len(rows):
