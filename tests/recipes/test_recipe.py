@@ -74,8 +74,12 @@ def test_a_folder_is_one_recipes(tmp_path: Path) -> None:
     first = tiny.recipe(task="causal-lm", model=tmp_path / "m", data=data, seed=1)
     folder = RunFolder(tmp_path / "run")
     with folder.held():
+        folder.begin(dataclasses.replace(first, seed=3))
+        folder.learn(first, {"form": ["wrong"]})
         folder.begin(first)
+        assert folder.facts() is None, "a recipe that trained nothing may be corrected"
         folder.learn(first, {"form": ["text"]})
+        folder.end({})
         folder.begin(first)
         folder.check_sources(first)
         with pytest.raises(ConfigError, match="seed was 1 and is 2"):

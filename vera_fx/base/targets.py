@@ -94,15 +94,24 @@ def _default(model: nn.Module) -> tuple[str, ...] | str:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type in DEFAULT_TARGETS:
         return DEFAULT_TARGETS[model_type]
-    linears = {
-        path.rpartition(".")[2]
-        for path, m in base_modules(model).items()
-        if known_kind(m) is not None
-    }
+    linears = [path for path, m in base_modules(model).items() if known_kind(m) is not None]
+    names, repeated = {path.rpartition(".")[2] for path in linears}, _repeated(linears)
+    blocks = f"those that repeat from block to block: {listing(repeated)}; or from all of "
     raise TargetError(
-        f"target_modules was not given, and there is no default for model type {model_type!r}; "
-        f"give target_modules, for example from this model's linear modules: {listing(sorted(linears))}"
+        f"target_modules was not given, and there is no default for model type {model_type!r}; give "
+        f"target_modules, for example from {blocks if repeated else ''}this model's linear modules: "
+        f"{listing(sorted(names))}"
     )
+
+
+def _repeated(paths: Iterable[str]) -> list[str]:
+    """The last words of paths that stand in several numbered blocks, in the model's order."""
+    counts: dict[str, int] = {}
+    for path in paths:
+        *parents, name = path.split(".")
+        if any(segment.isdecimal() for segment in parents):
+            counts[name] = counts.get(name, 0) + 1
+    return [name for name, count in counts.items() if count > 1]
 
 
 def _matcher(wanted: Iterable[str] | str, config: AdapterConfig) -> Match:

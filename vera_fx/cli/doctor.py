@@ -11,7 +11,7 @@ from vera_fx.graphs.machine import costs_of, multiplies_well
 
 _LIBRARIES = (
     "vera-fx", "torch", "transformers", "accelerate", "peft", "safetensors", "bitsandbytes", "torchao",
-    "hqq", "optimum-quanto", "onnx", "onnxscript", "onnxruntime", "executorch", "trl",
+    "hqq", "optimum-quanto", "onnx", "onnxscript", "onnxruntime", "executorch", "trl", "datasets", "tensorboard",
 )  # fmt: skip
 
 

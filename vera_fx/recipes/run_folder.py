@@ -22,6 +22,7 @@ import yaml
 from vera_fx.disk.files import make_folder, moved_into
 from vera_fx.disk.locks import HeldError, locked
 from vera_fx.errors import ConfigError
+from vera_fx.recipes.checkpoints import steps_of
 from vera_fx.recipes.data import fingerprint
 from vera_fx.recipes.recipe import Recipe
 
@@ -81,21 +82,27 @@ class RunFolder:
         return (entry for entry in self.path.iterdir() if not entry.name.startswith("."))
 
     def begin(self, recipe: Recipe) -> None:
-        """Write the recipe, or compare it with the one that is there.
+        """Write the recipe, or compare it with that of the run that is there.
+
+        What has no checkpoint yet is no run: whoever had to correct a recipe may give it again.
 
         Raises:
-            ConfigError: the run that is there has another recipe, or its model or data changed.
+            ConfigError: the run that is there has another recipe.
         """
-        if not (self.path / _RECIPE).is_file():
+        if not self._has_run():
+            (self.path / _RUN).unlink(missing_ok=True)
             self._write(_RECIPE, yaml.safe_dump(recipe.values(), sort_keys=False))
             return
-        there = self._values()
-        changed = recipe.differences(there)
+        changed = recipe.differences(self._values())
         if changed:
             raise ConfigError(
                 f"{self.path} holds a run with another recipe: {'; '.join(changed)}. Give that recipe to "
                 "go on with it, or a new folder"
             )
+
+    def _has_run(self) -> bool:
+        trained = (self.path / _METRICS).is_file() or bool(steps_of(self.checkpoints))
+        return trained and (self.path / _RECIPE).is_file()
 
     def recipe(self) -> Recipe:
         """The run's recipe.
