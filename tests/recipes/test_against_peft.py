@@ -61,7 +61,7 @@ def assert_same(base: nn.Module, folder: Path, expected: nn.Module) -> None:
 
 
 def test_classification(tmp_path: Path) -> None:
-    model = tiny.bert(tmp_path / "model")
+    model = tiny.bert(tmp_path / "model", layers=1)
     rows = tiny.sentences(12)
     data = tiny.jsonl(tmp_path / "data.jsonl", rows)
     recipe = tiny.recipe(task="classification", model=model, data=data, batch_size=12, **SETTINGS)
@@ -112,7 +112,7 @@ def test_prompts_are_not_learned_and_tokens_weigh_the_same(tmp_path: Path) -> No
 
 
 def test_embeddings(tmp_path: Path) -> None:
-    model = tiny.bert(tmp_path / "model")
+    model = tiny.bert(tmp_path / "model", layers=1)
     texts = [row["text"] for row in tiny.sentences(16)]
     pairs = list(zip(texts[::2], texts[1::2], strict=True))
     data = tiny.jsonl(tmp_path / "data.jsonl", [{"anchor": a, "positive": p} for a, p in pairs])
