@@ -18,7 +18,10 @@ Names = dict[str, Any]
 START: Names = {"torch": torch, "nn": nn, "vera_fx": vera_fx, "Path": Path}
 """What every page has."""
 
-WORDS = "a film with no heart one of the best this year dull slow warm funny fine cast plot".split()
+WORDS = (
+    "a", "film", "with", "no", "heart", "one", "of", "the", "best", "this", "year", "dull", "slow",
+    "warm", "funny", "fine", "cast", "plot",
+)  # fmt: skip
 TEXTS = [" ".join(WORDS[start : start + 4]) for start in range(12)]
 LABELS = [start % 2 for start in range(12)]
 
@@ -81,7 +84,9 @@ def pieces(folder: Path) -> Names:
 def adapted(build: Callable[[], nn.Module], **config: Any) -> Any:
     """An adapted model whose adapter does something."""
     torch.manual_seed(0)
-    model = vera_fx.adapt(build(), vera_fx.VeraConfig(r=6, save_projection=False, **config), adapter_name="movies")
+    model = vera_fx.adapt(
+        build(), vera_fx.VeraConfig(r=6, save_projection=False, **config), adapter_name="movies"
+    )
     wake(model)
     return model.eval()
 

@@ -16,7 +16,7 @@ import vera_fx
 import vera_fx.passes
 
 
-def check(holds: bool, what: str) -> None:  # noqa: FBT001
+def check(holds: bool, what: str) -> None:
     if not holds:
         sys.exit(f"the installed package: {what}")
 
@@ -49,7 +49,9 @@ def main() -> None:
         check(torch.equal(model(x), before), "unload leaves something")
         vera_fx.load_adapter(model, folder)
     check(torch.allclose(model(x), trained), "the saved adapter is another")
-    sys.stdout.write(f"vera-fx {vera_fx.__version__} as installed: adapted, trained, saved, loaded; no transformers\n")
+    sys.stdout.write(
+        f"vera-fx {vera_fx.__version__} as installed: adapted, trained, saved, loaded; no transformers\n"
+    )
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def fences(page: Path) -> list[Fence]:
     text, found = text_of(page), []
     for match in _FENCE.finditer(text):
         language, _, rest = match[2].strip().partition(" ")
-        options = {key: value for key, value in _OPTION.findall(rest)}
+        options = dict(_OPTION.findall(rest))
         line = text.count("\n", 0, match.start()) + 1
         found.append(Fence(name_of(page), line, language, options, textwrap.dedent(match[3])))
     return found

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 
 from tests.docs.given import GIVEN, START
 from tests.docs.pages import DOCS, ROOT, Fence, fences, name_of, pages
+from vera_fx.branches import kinds as branches
+from vera_fx.products import kinds as products
 
 ELSEWHERE = {
     "docs/quantised.md": "tests/quantised/test_recipes.py",
@@ -46,8 +49,14 @@ def run(page: list[Fence], folder: Path) -> int:
 
 @pytest.fixture
 def _dynamo_alone(monkeypatch: pytest.MonkeyPatch):
-    """Compiled blocks are traced and guarded as ever, but Inductor, which is slow, is left out."""
+    """Compiled blocks are traced and guarded as ever, but Inductor, which is slow, is left out.
+
+    What blocks set for the whole process is put back.
+    """
     torch._dynamo.reset()
+    for rooms in (branches, products):
+        monkeypatch.setattr(rooms, "KINDS", rooms.KINDS)
+    monkeypatch.setattr(os, "environ", os.environ.copy())
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     yield
     torch._dynamo.reset()
