@@ -18,8 +18,8 @@ from benchmarks.bars import Bars, drawn
 
 DOCS = Path(__file__).parents[1] / "docs"
 TABLES = DOCS / "figures" / "tables"
-GENERATED = {"families.md"}
-"""Pages that a command writes as a whole."""
+APART = {"families.md", "index.md"}
+"""A page that a command writes as a whole, and one whose rows name their runs themselves."""
 
 _TABLE = re.compile(r"(?:^\|.*\|\n)+", re.MULTILINE)
 _FIGURE = re.compile(r"\**[\d.,]+(?: ?[%A-Za-z/]{1,4})?(?: \(.*\))?\**")
@@ -71,7 +71,7 @@ def pages_with_figures() -> Iterator[tuple[Path, list[tuple[str, tuple[tuple[str
     """Every page that has tables of figures, and these."""
     for path in sorted(DOCS.rglob("*.md")):
         found = list(tables_in(path.read_text(encoding="utf-8")))
-        if found and path.name not in GENERATED:
+        if found and path.name not in APART:
             yield path, found
 
 
@@ -110,10 +110,7 @@ def charts() -> dict[str, str]:
         ),
         "memory.svg": drawn(
             "Peak memory of a step beyond the frozen base, as a share of PEFT's",
-            [
-                Bars(f"{_case(r)}, {r[1]} tokens", (_share(r[6]), _lora(r)))
-                for r in memory.rows[1:]
-            ],
+            [Bars(f"{_case(r)}, {r[1]} tokens", (_share(r[6]), _lora(r))) for r in memory.rows[1:]],
             ("vera_fx", "LoRA r=8"),
             mark=1.0,
         ),
