@@ -1,4 +1,4 @@
-# Two commands set everything up on a fresh machine: `make demo` and `make test`.
+# Every target sets up what it needs on a fresh machine; begin with `make demo` and `make test`.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -96,9 +96,8 @@ package:
 	test -x .venv-package/bin/python || $(PYTHON) -m venv .venv-package
 	.venv-package/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 		build twine check-wheel-contents
-	rm -rf dist build/installed
-	.venv-package/bin/python -m build --outdir dist . > build-package.log || { cat build-package.log; exit 1; }
-	rm build-package.log
+	rm -rf dist build/installed build/lib build/bdist.* && mkdir -p build
+	.venv-package/bin/python -m build --outdir dist . > build/package.log || { cat build/package.log; exit 1; }
 	.venv-package/bin/python -m twine check --strict dist/*
 	.venv-package/bin/check-wheel-contents dist/*.whl
 	$(PYTHON) -m venv build/installed
