@@ -135,9 +135,3 @@ def test_pictures_say_what_they_show() -> None:
     for picture in DOCS.rglob("*.svg"):
         assert "prefers-color-scheme: dark" in picture.read_text(encoding="utf-8"), picture
         assert picture.stat().st_size < 20_000, picture
-
-
-def test_versions_agree() -> None:
-    version = vera_fx.__version__
-    assert f'version = "{version}"' in (ROOT / "pyproject.toml").read_text()
-    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()

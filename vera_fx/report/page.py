@@ -16,8 +16,10 @@ _STYLE = (
     "body{font:14px/1.5 sans-serif;color:#222222;max-width:1000px;margin:24px auto;padding:0 16px}"
     "h1{font-size:20px}h2{font-size:16px;margin-top:24px}svg{max-width:100%;height:auto}"
     "table{border-collapse:collapse}td,th{padding:2px 16px 2px 0;text-align:left}"
-    ".cards{display:flex;gap:12px;flex-wrap:wrap;margin-bottom:16px}.cards section{flex:1 1 220px;border:1px solid #cccccc;"
-    "border-radius:4px;padding:8px 16px 12px}.cards h2{margin:0}.cards p{margin:4px 0}"
+    ".cards{display:flex;gap:12px;flex-wrap:wrap;margin-bottom:16px}"
+    ".cards section{flex:1 1 220px;border:1px solid #cccccc;"
+    "border-radius:4px;padding:8px 16px 12px}"
+    ".cards h2{margin:0}.cards p{margin:4px 0}"
     ".large{font-size:28px;line-height:1.2}.bar{display:flex;height:12px;border-radius:3px;overflow:hidden}"
     "td.number{text-align:right}tr.idle{color:#767676}details{margin:12px 0}summary{cursor:pointer;font-weight:bold}"
 )
