@@ -109,6 +109,11 @@ def two_adapters(_folder: Path) -> Names:
     return {"model": model, "inputs": inputs, "ids": ids[:3], "mask": torch.ones_like(ids[:3])}
 
 
+def base(_folder: Path) -> Names:
+    """A classifier that is not adapted yet."""
+    return {"model": models.bert()}
+
+
 def one_adapter(folder: Path) -> Names:
     """A classifier with one adapter, called once."""
     model = adapted(models.bert)
@@ -169,6 +174,6 @@ GIVEN: dict[str, Callable[[Path], Names]] = {
     made.__name__: made
     for made in (
         bert, llama, readme, pieces, one_adapter, two_adapters, two_classifiers, customers,
-        exported, two_saved, jobs,
+        exported, two_saved, jobs, base,
     )
 }  # fmt: skip

@@ -22,6 +22,9 @@ ELSEWHERE = {
 }
 """Pages with a test of their own, which needs more than is installed here or looks at more."""
 
+BESIDE = {"docs/recipes.md": "base"}
+"""What pages find that a command writes, so that no info string can say it."""
+
 PAGES = [
     page
     for page in pages()
@@ -32,6 +35,8 @@ PAGES = [
 def run(page: list[Fence], folder: Path) -> int:
     """Run a page's blocks in one namespace; returns how many ran."""
     space: dict[str, Any] = dict(START)
+    if page and page[0].page in BESIDE:
+        space |= GIVEN[BESIDE[page[0].page]](folder)
     printed, ran = "", 0
     for fence in page:
         if "prints" in fence.options:
