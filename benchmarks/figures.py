@@ -83,30 +83,24 @@ def is_written(text: str) -> bool:
 
 @app.command()
 def take() -> None:
-    """Read the pages' tables into JSON; commands stay, by the order of a page's tables."""
+    """Read the pages' tables into JSON; commands stay with their section and header."""
     TABLES.mkdir(parents=True, exist_ok=True)
     for path, found in pages_with_figures():
         name = path.relative_to(DOCS).with_suffix("").as_posix().replace("/", ".")
-        before = known(name)
-        taken = [
-            asdict(
-                Table(
-                    heading,
-                    before[n].command if n < len(before) else "",
-                    before[n].kept if n < len(before) else "table",
-                    rows,
-                )
-            )
-            for n, (heading, rows) in enumerate(found)
-        ]
+        before = {(table.heading, table.rows[0]): table for table in known(name)}
+        taken = []
+        for heading, rows in found:
+            old = before.get((heading, rows[0]), Table(heading, "", "table", ()))
+            taken.append(asdict(Table(heading, old.command, old.kept, rows)))
         text = json.dumps(taken, indent=1, ensure_ascii=False) + "\n"
         (TABLES / f"{name}.json").write_text(text, encoding="utf-8")
 
 
 def charts() -> dict[str, str]:
     """Every chart by its file's name."""
-    training, _, memory, first, *_ = known("benchmarks")
-    switch = known("many_adapters")[0]
+    tables = {table.heading: table for table in known("benchmarks")}
+    training, memory, first = (tables[name] for name in ("Training", "Memory", "The first step"))
+    switch = next(t for t in known("many_adapters") if t.kept == "switch.json")
     return {
         "training.svg": drawn(
             "A compiled training step, as a share of PEFT's",
