@@ -1,10 +1,10 @@
-# Two commands set everything up on a fresh machine: `make demo` and `make test`.
+# Every target sets up what it needs on a fresh machine; begin with `make demo` and `make test`.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 DATA = examples/data/sentiment
 
-.PHONY: demo sweep server load test test-torch fuzz test-all test-executorch test-quantised test-trl families mutation lint types bench gpu clean
+.PHONY: demo sweep server load test test-torch fuzz test-all test-executorch test-quantised test-trl families mutation docs package lint types bench gpu clean
 
 # One stamp per set of extras; they share the virtual environment.
 $(VENV)/.%: pyproject.toml constraints.txt
@@ -81,6 +81,29 @@ families:
 mutation: $(VENV)/.test
 	$(BIN)/python -m tests.mutation $(ARGS)
 
+# The documentation, where every warning is an error, and its notebook as Jupyter runs it. A virtual environment of
+# its own; the API pages read the package as it is installed, where passes/ is vera_fx/passes.
+docs:
+	$(MAKE) VENV=.venv-docs .venv-docs/.docs
+	rm -rf build/package && mkdir -p build/package
+	cp -r vera_fx build/package/vera_fx && cp -r passes build/package/vera_fx/passes
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+	.venv-docs/bin/python -m tests.docs.notebook docs/five_minutes.ipynb build/site/five_minutes.ipynb
+
+# Wheel and sdist into dist/; the wheel is made from the sdist, checked, and used in an environment that has what it
+# says it needs and nothing else.
+package:
+	test -x .venv-package/bin/python || $(PYTHON) -m venv .venv-package
+	.venv-package/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		build twine check-wheel-contents
+	rm -rf dist build/installed build/lib build/bdist.* && mkdir -p build
+	.venv-package/bin/python -m build --outdir dist . > build/package.log || { cat build/package.log; exit 1; }
+	.venv-package/bin/python -m twine check --strict dist/*
+	.venv-package/bin/check-wheel-contents dist/*.whl
+	$(PYTHON) -m venv build/installed
+	build/installed/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
+	cd build/installed && bin/python -I ../../tests/docs/installed.py
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -101,4 +124,4 @@ gpu: $(VENV)/.test
 	$(BIN)/python -m benchmarks.host --device cuda --layers 12 --output out/gpu_host.json
 
 clean:
-	rm -rf $(VENV) .venv-executorch .venv-quantised .venv-timm .venv-torch-* build out .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-executorch .venv-quantised .venv-timm .venv-docs .venv-package .venv-torch-* build dist out .pytest_cache .ruff_cache .hypothesis

@@ -1,6 +1,6 @@
 """Draw what `python -m benchmarks` wrote: overhead over the frozen base, beside the hardware's limit.
 
-python -m benchmarks.chart docs/benchmarks.svg
+python -m benchmarks.chart out/bench.svg
 """
 
 import json

@@ -1,6 +1,6 @@
 """A headless Chromium, driven by its command line alone: what a page looks like, measured.
 
-`python -m tests.browser docs/explain.png` makes the picture in the docs.
+`python -m tests.report.browser docs/explain.png` makes the picture in the docs.
 """
 
 import html
@@ -93,4 +93,4 @@ def deep_llama(layers: int = 32, width: int = 64, tokens: int = 40) -> nn.Module
 
 if __name__ == "__main__":
     page = vera_fx.explain(deep_llama(width=512, tokens=300)).html()
-    screenshot(page, Path(sys.argv[1]), height=1040)
+    screenshot(page, Path(sys.argv[1]), height=1240)

@@ -195,6 +195,13 @@ def test_what_cannot_be_trained(jobs: Any, options: Any, message: str) -> None:
         vera_fx.train_many(classifier(), jobs, progress=False, **options)
 
 
+def test_a_configuration_may_leave_the_targets_to_the_model() -> None:
+    model, job = classifier(), (vera_fx.VeraConfig(r=4), examples(8, 1), TrainSettings(steps=2))
+    vera_fx.train_many(model, {"a": job}, progress=False)
+    assert vera_fx.train_many(model, {"a": job}, progress=False)["a"].step == 2
+    assert model.vera.adapter("a").config.target_modules == ("query", "value")
+
+
 def test_adapters_that_cannot_be_trained_beside_others() -> None:
     model: nn.Module = vera_fx.adapt(classifier(), config())
     with pytest.raises(vera_fx.ConfigError, match="exists with.*which is not"):

@@ -13,6 +13,7 @@ from vera_fx.graphs.runtime import Runtime, require_adapted, runtime_of
 from vera_fx.graphs.variants import Variant
 from vera_fx.passes import Action, PipelineReport, Skip, Target, Why
 from vera_fx.processes.wrapped import unwrapped
+from vera_fx.report.headline import NOTHING, Headline, headline_of
 from vera_fx.report.page import html_of
 from vera_fx.report.picture import svg_of
 
@@ -119,6 +120,8 @@ class Explanation:
     """Names of the adapters in the base's weights; none inside ``disable_adapters``, as none is active."""
     disabled: bool = False
     """Whether a ``disable_adapters`` block is open."""
+    headline: Headline = NOTHING
+    """What trains, of how many, and what is held in memory."""
 
     def __str__(self) -> str:
         return "\n".join(self._lines())
@@ -142,24 +145,22 @@ class Explanation:
         """
         return svg_of(self, self.graphs[graph])
 
+    def target_table(self) -> tuple[tuple[str, ...], list[tuple[object, ...]]]:
+        """The targets with a header; whose modules they are, if graphs call any (quantised bases)."""
+        header = ("target", "in", "out", "parameters", "adapters", "base")
+        rows: list[tuple[object, ...]] = [
+            (t.path, t.in_features, t.out_features, t.parameters, ", ".join(t.adapters), t.base)
+            for t in self.targets
+        ]
+        wide = len(header) if any(t.base for t in self.targets) else len(header) - 1
+        return header[:wide], [row[:wide] for row in rows]
+
     def _lines(self) -> Iterator[str]:
+        yield str(self.headline)
         yield f"adapters: {self.state()}"
         yield f"projections: {'; '.join(self.projections) or 'none'}"
         yield f"targets: {len(self.targets)}"
-        yield from _table(
-            (
-                "target",
-                "in",
-                "out",
-                "parameters",
-                "adapters",
-                "base" * any(t.base for t in self.targets),
-            ),
-            [
-                (t.path, t.in_features, t.out_features, t.parameters, ", ".join(t.adapters), t.base)
-                for t in self.targets
-            ],
-        )
+        yield from _table(*self.target_table())
         yield f"graphs: {len(self.graphs)}" + (
             "" if self.graphs else " (none captured yet; call the model)"
         )
@@ -216,6 +217,7 @@ def explain(model: nn.Module) -> Explanation:
         kept=_kept(runtime_of(model)),
         merged=bank.merged if bank.enabled else (),
         disabled=not bank.enabled,
+        headline=headline_of(model, bank),
     )
 
 

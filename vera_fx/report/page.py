@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from typing import Any
 
+from vera_fx.report.headline import cards
 from vera_fx.report.picture import svg_of
 
 # `explain` imports this file, so its types are named in words only.
@@ -13,15 +14,25 @@ GraphRow = Any
 
 _STYLE = (
     "body{font:14px/1.5 sans-serif;color:#222222;max-width:1000px;margin:24px auto;padding:0 16px}"
-    "h1{font-size:20px}h2{font-size:16px;margin-top:32px}svg{max-width:100%;height:auto}"
+    "h1{font-size:20px}h2{font-size:16px;margin-top:24px}svg{max-width:100%;height:auto}"
     "table{border-collapse:collapse}td,th{padding:2px 16px 2px 0;text-align:left}"
+    ".cards{display:flex;gap:12px;flex-wrap:wrap;margin-bottom:16px}"
+    ".cards section{flex:1 1 220px;border:1px solid #cccccc;"
+    "border-radius:4px;padding:8px 16px 12px}"
+    ".cards h2{margin:0}.cards p{margin:4px 0}"
+    ".large{font-size:28px;line-height:1.2}.bar{display:flex;height:12px;border-radius:3px;overflow:hidden}"
     "td.number{text-align:right}tr.idle{color:#767676}details{margin:12px 0}summary{cursor:pointer;font-weight:bold}"
 )
 
 
 def html_of(explanation: Explanation) -> str:
     """A page: every graph as a picture, with plans, passes and skips."""
-    body = [f"<h1>{escape(explanation.model)}, adapted</h1>", *_facts(explanation)]
+    body = [
+        f"<h1>{escape(explanation.model)}, adapted</h1>",
+        *cards(explanation.headline, explanation.graphs),
+        *_facts(explanation),
+        *_targets(explanation),
+    ]
     for number, graph in enumerate(explanation.graphs):
         body += _graph(explanation, number, graph)
     if not explanation.graphs:
@@ -45,6 +56,16 @@ def _facts(explanation: Explanation) -> Iterator[str]:
             *(("projections", sizes) for sizes in explanation.projections),
         ],
     )
+
+
+def _targets(explanation: Explanation) -> Iterator[str]:
+    """Every target, folded away; with its library and bits where the base is quantised."""
+    makes = Counter(target.base for target in explanation.targets if target.base)
+    header, rows = explanation.target_table()
+    shown = ": " + ", ".join(f"{count} {make}" for make, count in makes.items()) if makes else ""
+    yield f"<details><summary>targets{escape(shown)}</summary>"
+    yield from _table(header, rows)
+    yield "</details>"
 
 
 def _graph(explanation: Explanation, number: int, graph: GraphRow) -> Iterator[str]:

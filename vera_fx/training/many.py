@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vera_fx.bank.bank import bank_of
+from vera_fx.base.targets import with_default_targets
 from vera_fx.config import AdapterConfig
 from vera_fx.errors import AdapterError, ConfigError, shown
 from vera_fx.model.adapt import adapt
@@ -282,7 +283,7 @@ def _adapter_for(model: nn.Module, name: str, config: AdapterConfig | None) -> A
         else:
             adapt(model, config, adapter_name=name)
     adapter = bank_of(model).adapter(name)
-    if config is not None and config != adapter.config:
+    if config is not None and with_default_targets(model, config) != adapter.config:
         raise ConfigError(
             f"the adapter {name!r} exists with {adapter.config!r}, which is not {config!r}; give None to "
             "train it further, or another name"

@@ -1,0 +1,1 @@
+"""The documentation keeps its word: code runs, figures are measured ones, links lead somewhere."""

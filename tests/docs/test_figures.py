@@ -1,0 +1,94 @@
+"""Figures in the documentation are those of committed files, which say how they were measured."""
+
+import importlib.util
+import json
+import re
+import shlex
+
+import pytest
+
+from benchmarks.figures import DOCS, TABLES, charts, known, pages_with_figures
+
+ROOT = DOCS.parent
+PAGES = {path.relative_to(DOCS).as_posix(): found for path, found in pages_with_figures()}
+RUNS = DOCS / "figures" / "runs"
+
+
+def named(page: str) -> str:
+    return page.removesuffix(".md").replace("/", ".")
+
+
+def test_there_are_figures() -> None:
+    assert len(PAGES) > 6
+    assert {path.stem for path in TABLES.glob("*.json")} == {named(page) for page in PAGES}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_tables_are_those_of_the_files(page: str) -> None:
+    kept = known(named(page))
+    assert [(table.heading, table.rows) for table in kept] == PAGES[page], (
+        "python -m benchmarks.figures take"
+    )
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_exist(page: str) -> None:
+    for table in known(named(page)):
+        assert table.command, f"{table.heading}: say in docs/figures/tables what measured it"
+        for command in table.command.split(";"):
+            _, first, *rest = shlex.split(command)
+            if first == "-m":
+                assert importlib.util.find_spec(rest[0]), command
+            else:
+                assert (ROOT / first).is_file(), command
+
+
+def test_charts_are_drawn_from_the_tables() -> None:
+    for name, picture in charts().items():
+        assert (DOCS / "figures" / name).read_text(encoding="utf-8") == picture, (
+            "python -m benchmarks.figures draw"
+        )
+        assert picture.count("<rect") > 8
+
+
+def run(name: str) -> dict:
+    found = json.loads((RUNS / name).read_text(encoding="utf-8"))
+    assert {"command", "date", "machine", "versions"} <= found.keys()
+    return found
+
+
+def test_every_run_is_used() -> None:
+    kept = {table.kept for page in PAGES for table in known(named(page))} - {"table"}
+    assert kept | {"memory_bf16.json"} == {path.name for path in RUNS.glob("*.json")}
+
+
+def test_the_table_of_switches_is_its_runs() -> None:
+    (table,) = (t for t in known("many_adapters") if t.kept == "switch.json")
+    assert table.command == run("switch.json")["command"]
+    for row, case in zip(table.rows[1:], run("switch.json")["switch"], strict=True):
+        times = case["microseconds"]
+        shown = (f"{times[name]:,.0f}" for name in ("serving", "may train", "PEFT"))
+        assert row == (str(case["layers"]), str(case["adapters"]), *shown)
+
+
+def front_page(command: str) -> tuple[str, str]:
+    rows = re.findall(r"^\|(.*)\| `(.*)` \|$", (DOCS / "index.md").read_text(), re.MULTILINE)
+    (cells,) = (cells for cells, found in rows if found == command)
+    return tuple(cell.strip() for cell in cells.split("|")[1:3])
+
+
+def test_the_front_pages_three_numbers() -> None:
+    memory = run("memory_bf16.json")
+    (case,) = memory["results"]
+    beyond = [case["mib"][name]["step"] - case["mib"]["floor"]["step"] for name in ("ours", "peft")]
+    assert front_page(memory["command"]) == tuple(f"{value:.0f}" for value in beyond)
+
+    switch = run("switch.json")
+    (case,) = (c for c in switch["switch"] if (c["layers"], c["adapters"]) == (12, 50))
+    times = [case["microseconds"][name] for name in ("serving", "PEFT")]
+    assert front_page(switch["command"]) == tuple(f"{value:,.0f}" for value in times)
+
+    training = next(table for table in known("benchmarks") if table.heading == "Training")
+    at = next(n for n, row in enumerate(training.rows) if row[0] == "bfloat16: Llama shape")
+    assert training.rows[at + 1][:2] == ("the same", "2,048")
+    assert front_page(training.command) == (training.rows[at + 1][2], "1")
