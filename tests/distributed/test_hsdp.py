@@ -43,4 +43,3 @@ def test_copies_of_shards(shape: str, order: str) -> None:
     vera_fx.load_adapter_state_dict(alone, state)
     with torch.no_grad():
         assert_close(model(X), alone(X))
-

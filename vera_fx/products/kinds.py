@@ -14,10 +14,27 @@ from vera_fx.products.conv1d import Conv1D
 from vera_fx.products.cut_linear import BaseCalls, Call
 from vera_fx.products.linear import Linear
 from vera_fx.products.opaque import is_opaque
-from vera_fx.products.parallel import Parallel, base_calls, cut_of, is_idle, is_odd, stands_for, style_of
+from vera_fx.products.parallel import (
+    Parallel,
+    base_calls,
+    cut_of,
+    is_idle,
+    is_odd,
+    stands_for,
+    style_of,
+)
 from vera_fx.products.protocol import ProductKind
 
-__all__ = ["BaseCalls", "Call", "base_calls", "cut_of", "is_idle", "is_odd", "stands_for", "style_of"]
+__all__ = [
+    "BaseCalls",
+    "Call",
+    "base_calls",
+    "cut_of",
+    "is_idle",
+    "is_odd",
+    "stands_for",
+    "style_of",
+]
 
 KINDS: tuple[ProductKind, ...] = (AttentionOutput(), Called(), Conv1D(), Parallel(), Linear())
 """The first that owns a module counts."""
