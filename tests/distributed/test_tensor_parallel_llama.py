@@ -51,6 +51,7 @@ def loaded(name: str, folder: Path) -> tuple[Any, Any]:
     return type(whole).from_pretrained(folder, distributed_config=options), whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 @two_processes
 def test_trains_and_generates(name: str, tmp_path: Path) -> None:

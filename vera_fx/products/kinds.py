@@ -36,7 +36,7 @@ __all__ = [
     "style_of",
 ]
 
-KINDS: tuple[ProductKind, ...] = (AttentionOutput(), Called(), Conv1D(), Parallel(), Linear())
+KINDS: tuple[ProductKind, ...] = (AttentionOutput(), Called(), Parallel(), Conv1D(), Linear())
 """The first that owns a module counts."""
 
 
