@@ -39,7 +39,8 @@ from tests.helpers import assert_close, fill_vectors, gradients
 X = batches(1)[0]
 
 
-@pytest.mark.parametrize("plan", [pytest.param("factored", marks=pytest.mark.slow), "scaled"])
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["factored", "scaled"])
 @two_processes
 def test_compiled(plan: str) -> None:
     torch._dynamo.reset()
