@@ -17,6 +17,7 @@ from vera_fx.passes.engine.graph import (
     tag_of,
     tensor_of,
     written_attributes,
+    written_between,
     written_inputs,
 )
 from vera_fx.passes.engine.protocol import (
@@ -45,6 +46,7 @@ from vera_fx.passes.row_vectors import RowSource, RowVectors
 from vera_fx.passes.scale_branch import ScaleBranch
 from vera_fx.passes.share_projection import ShareProjection
 from vera_fx.passes.sites.called_module import CalledModule, called_modules
+from vera_fx.passes.sites.cut import Cut
 from vera_fx.passes.sites.find import Site, SiteSearch, find_sites
 from vera_fx.passes.sites.inserted import InsertedBranch, input_of, past_cast
 from vera_fx.passes.sites.kinds import Branch, BranchGraph
@@ -72,6 +74,7 @@ __all__ = [
     "CheckpointLayers",
     "Choice",
     "ContiguousAttention",
+    "Cut",
     "DenseProducts",
     "Device",
     "DropIdleDropout",
@@ -135,6 +138,7 @@ __all__ = [
     "tensor_of",
     "training",
     "written_attributes",
+    "written_between",
     "written_inputs",
 ]
 

@@ -153,11 +153,12 @@ class Put:
         tag = Tag(self.made_by, self.site, path.rpartition(".")[2])
         return attribute(self.gm, path, like=self.like, tag=tag, memo=self.memo)
 
-    def cut(self, node: Node, *, dim: int, size: int, role: str) -> Node:
-        """The first ``size`` entries along a dimension; the whole of it needs no cut."""
-        if tensor_of(node).shape[dim] == size:
+    def cut(self, node: Node, *, dim: int, entries: slice, role: str) -> Node:
+        """Some entries along a dimension; the whole of it needs no cut."""
+        if entries == slice(0, tensor_of(node).shape[dim]):
             return node
-        return self(torch.ops.aten.slice.Tensor, node, dim, 0, size, role=role, shared=True)
+        start, stop = entries.start, entries.stop
+        return self(torch.ops.aten.slice.Tensor, node, dim, start, stop, role=role, shared=True)
 
     def cast(self, node: Node, dtype: torch.dtype, *, role: str, shared: bool = False) -> Node:
         """The node in another dtype; itself if it has it."""

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from vera_fx.passes.sites.cut import Cut
 from vera_fx.passes.sites.products import BaseProduct
 
 
@@ -18,6 +19,7 @@ class Target:
             module's own if the parameter is tied to another module's, none if it is computed
             (``torch.nn.utils.parametrize``).
         aliases: further paths of the very same module, if it is registered more than once.
+        cut: how its product is cut over processes; None if it is not. Sizes are those of the whole.
     """
 
     path: str
@@ -26,6 +28,7 @@ class Target:
     product: BaseProduct
     weights: tuple[str, ...]
     aliases: tuple[str, ...] = ()
+    cut: Cut | None = None
 
     @property
     def is_called(self) -> bool:
@@ -36,3 +39,18 @@ class Target:
     def paths(self) -> tuple[str, ...]:
         """Every path under which the module can make a call."""
         return (self.path, *self.aliases)
+
+    @property
+    def columns_in(self) -> slice:
+        """Those of its input features that a call in this process sees."""
+        return self._columns("in", self.in_features)
+
+    @property
+    def columns_out(self) -> slice:
+        """Those of its output features that a call in this process gives."""
+        return self._columns("out", self.out_features)
+
+    def _columns(self, of: str, whole: int) -> slice:
+        if self.cut is None or self.cut.of != of:
+            return slice(0, whole)
+        return slice(self.cut.start, self.cut.start + self.cut.size)

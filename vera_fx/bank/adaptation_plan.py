@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from vera_fx.bank.adapter import Adapter
 from vera_fx.bank.bank import AdapterBank
 from vera_fx.bank.slots import slot_path
+from vera_fx.errors import TargetError
 from vera_fx.passes import AdaptationPlan, Branch, Target
 
 
@@ -39,4 +40,18 @@ def _branches(
         own = {name: bank.slots.names.of(target.path, name) for name in kind.parameters.own}
         attributes = dict.fromkeys(kind.parameters.shared) | own
         tensors = {name: slot_path(index, at or name) for name, at in attributes.items()}
-        yield Branch(kind.graph, tensors, adapter.config.dropout * train)
+        yield Branch(kind.graph, tensors, _dropout(adapter, target, train=train))
+
+
+def _dropout(adapter: Adapter, target: Target, *, train: bool) -> float:
+    """The probability of dropping an element of a branch's input.
+
+    Raises:
+        TargetError: processes that each have a part of the product would drop other elements.
+    """
+    if train and adapter.config.dropout and target.cut is not None:
+        raise TargetError(
+            f"{target.path!r} is under tensor parallelism, where processes drop other elements of the "
+            "branch's input than each other; call model.eval(), or use an adapter without dropout"
+        )
+    return adapter.config.dropout * train

@@ -13,7 +13,7 @@ from vera_fx.branches.protocol import BranchKind
 from vera_fx.config import AdapterConfig
 from vera_fx.errors import TargetError, listing, nearest, shown
 from vera_fx.passes import OPEN, Target
-from vera_fx.products.kinds import place_of
+from vera_fx.products.kinds import place_of, style_of
 from vera_fx.products.opaque import is_opaque
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -80,6 +80,7 @@ def blueprint(
     """
     config = with_default_targets(model, config)
     _check_plan(config, targets)
+    _check_cuts(config, targets)
     saved = _saved_modules(model, config)
     places = {path: place_of(model, path) for path in targets}
     trained = [t.device for path in saved for t in model.get_submodule(path).parameters()]
@@ -98,6 +99,11 @@ def blueprint(
 def _check_copied(model: nn.Module, saved: tuple[str, ...], biases: tuple[str, ...]) -> None:
     """Refuse to train copies of what only a module's own code reads."""
     for path in biases:
+        if style_of(model.get_submodule(path)) is not None:
+            raise TargetError(
+                f"an adapter cannot train the bias of {path!r}, which is under tensor parallelism; use "
+                "bias='none'"
+            )
         if is_opaque(module := model.get_submodule(path)):
             raise TargetError(
                 f"an adapter cannot train the bias of {path!r}, a {type(module).__name__}, which adds it in "
@@ -122,6 +128,24 @@ def _check_plan(config: AdapterConfig, targets: Mapping[str, Target]) -> None:
             f"plan={config.plan!r} reads the base's weight, and that of {lacking[0]!r} "
             f"({getattr(product, 'make', 'its module')}) is read by its own module alone; use 'auto', "
             f"or one of {', '.join(map(repr, product.plans))}"
+        )
+
+
+def _check_cuts(config: AdapterConfig, targets: Mapping[str, Target]) -> None:
+    """Refuse what cannot be computed beside products that are cut over processes."""
+    cut = next((path for path, target in targets.items() if target.cut is not None), None)
+    if cut is None:
+        return
+    kind = kind_of(config)
+    if kind.not_cut:
+        raise TargetError(
+            f"{cut!r} is under tensor parallelism, beside which {kind.name} is not computed: {kind.not_cut}; "
+            "use fully_shard (FSDP2), which gathers weights"
+        )
+    if config.dropout and not config.inference_mode:
+        raise TargetError(
+            f"{cut!r} is under tensor parallelism, where each process would drop other elements of the "
+            f"branch's input than the next (dropout {config.dropout}); use a dropout of 0"
         )
 
 

@@ -5,7 +5,7 @@ Nothing here touches the model; `install` is the one step that does.
 
 import copy
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from vera_fx.base.sharding import is_distributed, whole
 from vera_fx.base.targets import targets_now
 from vera_fx.errors import TargetError
 from vera_fx.passes import Target
-from vera_fx.products.kinds import weight_of
+from vera_fx.products.kinds import style_of, weight_of
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _Place = tuple[torch.dtype, torch.device]
@@ -85,6 +85,11 @@ def _first_vectors(model: nn.Module, plan: Blueprint, path: str) -> dict[str, Te
     def weight() -> Tensor:
         return whole(weight_of(model, path))
 
+    if plan.targets[path].cut is not None and not plan.config.init_weights:
+        raise TargetError(
+            f"{path!r} is under tensor parallelism, and init_weights=False draws other vectors in each process; "
+            "use init_weights=True, and load values into the adapter"
+        )
     first = plan.kind.parameters.first(plan.config, plan.targets[path], weight)
     place, kept = plan.places[path], plan.kind.parameters.unrounded
     return {n: _first(v, place, plan, rounded=n not in kept) for n, v in first.items()}
@@ -101,6 +106,11 @@ def _copy_of(path: str, module: nn.Module, *, empty: bool) -> nn.Module:
     stored = module.state_dict(keep_vars=True).values()
     if empty:
         return copied(module, {id(tensor): _without_values(tensor) for tensor in stored})
+    if any(style_of(inner) is not None for inner in module.modules()):
+        raise TargetError(
+            f"{path!r} is under tensor parallelism, and the adapter would train a whole copy of it; leave it "
+            "out of the parallel plan, or out of modules_to_save and bias"
+        )
     if any(map(is_distributed, stored)):
         raise TargetError(
             f"{path!r} is sharded (fully_shard), and the adapter would train a copy of it; adapt the model "
@@ -200,11 +210,17 @@ def attribute_of(root: nn.Module, path: str) -> Tensor:
 
 
 def _hook(module: nn.Module, hook: EagerHook) -> None:
-    hooks = module._forward_hooks.values()
-    known = (h for h in hooks if isinstance(h, EagerHook))
-    if not any(type(h) is type(hook) and h.path == hook.path for h in known):
+    known = [key for key, h in module._forward_hooks.items() if _is_alike(h, hook)]
+    if known and isinstance(hook, EagerBranch) and style_of(module) is not None:
+        # Behind what makes a plain tensor of the output, if that came later.
+        cast("Any", module._forward_hooks).move_to_end(known[0])
+    if not known:
         # A copy replaces the output that branches are added to.
         module.register_forward_hook(hook, prepend=isinstance(hook, EagerCopy), with_kwargs=True)
+
+
+def _is_alike(known: object, hook: EagerHook) -> bool:
+    return type(known) is type(hook) and cast("EagerHook", known).path == hook.path
 
 
 def unhook(model: nn.Module) -> None:

@@ -13,9 +13,10 @@ from torch.nn import functional as F
 
 from vera_fx._context import current_run, enter, holding, is_capturing, leave, now
 from vera_fx.bank.adapter import Adapter, TrainedBias
+from vera_fx.base.sharding import is_distributed, local_part
 from vera_fx.branches.protocol import EagerCall
 from vera_fx.errors import AdapterError, PartialCaptureWarning
-from vera_fx.products.kinds import known_kind
+from vera_fx.products.kinds import cut_of, known_kind
 
 if TYPE_CHECKING:
     from vera_fx.bank.bank import AdapterBank
@@ -80,7 +81,7 @@ class EagerBranch(EagerHook):
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor:
         """``output`` plus every branch, in the dtype of ``output``."""
-        x, total = (args[0] if args else kwargs["input"]), output
+        x, total = self._input(module, args[0] if args else kwargs["input"]), output
         for name in self.bank.computing():
             adapter = self.bank.adapter(name)
             vectors = adapter.vectors_at(self.path)
@@ -92,6 +93,17 @@ class EagerBranch(EagerHook):
                 total = adapter.kind.maths.add(call, tensors)
         return total.to(output.dtype)
 
+    def _input(self, module: nn.Module, x: Tensor) -> Tensor:
+        """What this process has of the input; hooks of tensor parallelism made a ``DTensor`` of it."""
+        if not is_distributed(x):
+            return x
+        cut = cut_of(module)
+        if cut is not None and not cut.of:
+            from torch.distributed.tensor import Replicate
+
+            x = x.redistribute(placements=[Replicate()])  # type: ignore[operator]
+        return local_part(x)
+
     def _call(
         self, module: nn.Module, adapter: Adapter, x: Tensor, total: Tensor, base: Tensor
     ) -> EagerCall:
@@ -102,10 +114,16 @@ class EagerBranch(EagerHook):
             return kind.weight(module)
 
         def drop(value: Tensor) -> Tensor:
+            if drops and cut_of(module) is not None:
+                raise AdapterError(
+                    f"{self.path!r} is under tensor parallelism, where processes would drop other elements "
+                    "than each other; call model.eval(), or use an adapter without dropout"
+                )
             return F.dropout(value, adapter.config.dropout, module.training)
 
         drops = module.training and adapter.config.dropout > 0
-        return EagerCall(x, total, base, getattr(module, "bias", None), weight, drop, drops)
+        bias = getattr(module, "bias", None)
+        return EagerCall(x, total, base, bias, weight, drop, drops, cut_of(module))
 
 
 class EagerCopy(EagerHook):

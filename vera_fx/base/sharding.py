@@ -13,8 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from vera_fx.errors import TargetError
+from vera_fx.products.kinds import style_of
 
-SHARDED = "its parameters are sharded (fully_shard), and gathered by hooks of the modules"
+_SHARDED = "its parameters are sharded (fully_shard), and gathered by hooks of the modules"
+
+_PARALLEL = "modules in it are parallel, and take and give what only their hooks know"
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -28,38 +31,54 @@ def has_sharded(model: nn.Module) -> bool:
     return any(map(is_sharded, model.modules()))
 
 
+def spread_reason(model: nn.Module) -> str:
+    """Why the model, which is sharded or parallel in a way that graphs do not know, runs in Python."""
+    return _SHARDED if has_sharded(model) else _PARALLEL
+
+
+def has_parallel(model: nn.Module) -> bool:
+    """True if a module of the model is under tensor parallelism."""
+    return any(style_of(module) is not None for module in model.modules())
+
+
 def is_distributed(tensor: Tensor) -> bool:
     """True for a ``DTensor``, of which each process holds a part."""
     return hasattr(tensor, "full_tensor") and hasattr(tensor, "device_mesh")
 
 
 def check_gathered(model: nn.Module) -> None:
-    """Refuse a model with parameters that are cut and never gathered.
+    """Refuse a model with parameters that are cut by two hands, or by none that is known.
 
     Raises:
-        TargetError: tensor parallelism, in which modules multiply by a part of their weight.
+        TargetError: tensor parallelism below ``fully_shard``, or tensors distributed by hand.
     """
     modules = dict(model.named_modules())
     for path, module in modules.items():
         for name, tensor in module._parameters.items():
-            if (
-                tensor is not None
-                and is_distributed(tensor)
-                and not _is_gathered(path, tensor, modules)
-            ):
-                raise TargetError(
-                    f"{path}.{name} is cut over processes ({_placements(tensor)}) by tensor parallelism, where "
-                    "modules multiply by a part of their weight, and branches are made for whole ones; "
-                    "use fully_shard (FSDP2), which gathers weights, or DistributedDataParallel"
-                )
+            if tensor is not None and is_distributed(tensor):
+                _check_cut(f"{path}.{name}", tensor, module, gathered=_is_gathered(path, modules))
 
 
-def _is_gathered(path: str, tensor: Tensor, modules: Mapping[str, nn.Module]) -> bool:
-    """True if ``fully_shard`` cut it, of this module or one around it, and nothing else did."""
+def _check_cut(name: str, tensor: Tensor, module: nn.Module, *, gathered: bool) -> None:
+    cuts = sum(placement.is_shard() for placement in tensor.placements)  # type: ignore[attr-defined]
+    parallel = style_of(module) is not None
+    if cuts > 1 or (gathered and parallel):
+        raise TargetError(
+            f"{name} is cut over processes ({_placements(tensor)}) by tensor parallelism and by fully_shard, "
+            "and only one of them is known to work with adapters; use either"
+        )
+    if not (gathered or parallel):
+        raise TargetError(
+            f"{name} is cut over processes ({_placements(tensor)}), and its module has neither a parallel style "
+            "nor fully_shard to compute with a part; use parallelize_module or fully_shard"
+        )
+
+
+def _is_gathered(path: str, modules: Mapping[str, nn.Module]) -> bool:
+    """True if ``fully_shard`` gathers the parameters of this module, at it or at one around it."""
     parts = path.split(".") if path else []
     around = ("", *(".".join(parts[: n + 1]) for n in range(len(parts))))
-    cuts = sum(placement.is_shard() for placement in tensor.placements)  # type: ignore[attr-defined]
-    return cuts <= 1 and any(is_sharded(modules[outer]) for outer in around if outer in modules)
+    return any(is_sharded(modules[outer]) for outer in around if outer in modules)
 
 
 def _placements(tensor: Tensor) -> str:

@@ -13,7 +13,7 @@ from vera_fx.config import AdapterConfig
 from vera_fx.errors import TargetError, listing, nearest, shown
 from vera_fx.expressions import FileText, Match, compiled, full_match
 from vera_fx.passes import Target
-from vera_fx.products.kinds import KINDS, known_kind
+from vera_fx.products.kinds import KINDS, cut_of, known_kind
 
 _HINTS = 8
 """Entries that a message explains."""
@@ -272,4 +272,5 @@ def _as_target(
         product=product,
         weights=tuple(tensors.get(id(weight), ())),
         aliases=tuple(alias for alias in modules[id(module)] if alias != path),
+        cut=cut_of(module),
     )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vera_fx.config import AdapterConfig
-from vera_fx.passes import BranchGraph, PlanCosts, Target
+from vera_fx.passes import BranchGraph, Cut, PlanCosts, Target
 
 Dims = tuple[str, ...]
 """The sizes of a tensor by name: ``"r"``, ``"in"`` and ``"out"``."""
@@ -73,6 +73,7 @@ class EagerCall:
         weight: gives its weight, ``(out, in)``.
         drop: drops elements of the branch's input, if it is to be.
         drops: whether it does.
+        cut: how the module is cut over processes; ``x`` and ``output`` are this process's then.
     """
 
     x: Tensor
@@ -82,6 +83,7 @@ class EagerCall:
     weight: Callable[[], Tensor]
     drop: Callable[[Tensor], Tensor]
     drops: bool
+    cut: Cut | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +175,7 @@ class BranchKind:
         idle_at_zero: whether a branch adds nothing where all its vectors are zero.
         not_mixed: why it cannot differ from row to row of a batch; nothing if it can.
         not_peft: why PEFT does not load its files; nothing if it does.
+        not_cut: why it cannot be computed beside a product that is cut over processes; nothing if it can.
     """
 
     name: str
@@ -188,6 +191,7 @@ class BranchKind:
     idle_at_zero: bool = True
     not_mixed: str = ""
     not_peft: str = ""
+    not_cut: str = ""
 
     def __deepcopy__(self, _memo: object) -> "BranchKind":
         return self

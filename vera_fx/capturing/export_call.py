@@ -230,7 +230,7 @@ def bind_live(exported: ExportedProgram, model: nn.Module) -> LiveGraph:
             value = resolve(source, node.target)
             node.target = f"{CONSTANT}{node.target.replace('.', '_')}"
             constants[node.target] = value
-    call_live(graph)
+    call_live(graph, model)
     return live_graph(graph, model, constants)
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from vera_fx.base.modules import BANK, HOOKS, in_bank, original_class
 from vera_fx.capturing.stand_ins import stand_in
+from vera_fx.products.kinds import is_idle, stands_for
 from vera_fx.products.opaque import is_opaque
 
 _WRAPPERS = ("forward", "_compiled_call_impl")
@@ -36,8 +37,8 @@ def shell_of(model: nn.Module, run: Any, names: Sequence[str], *, live: bool = F
         live: take the model's own modules below the shell, for code that holds on to them.
     """
     modules = {path: m for path, m in model.named_modules() if not in_bank(path)}
-    opaque = {} if live else {path: m for path, m in modules.items() if path and is_opaque(m)}
-    twins = {id(module): stand_in(module, path) for path, module in opaque.items()}
+    stood_for = {} if live else {path: m for path, m in modules.items() if path and _is_called(m)}
+    twins = {id(module): stand_in(module, path) for path, module in stood_for.items()}
     plain = [model] if live else [m for m in modules.values() if id(m) not in twins]
     shell = _twins(plain, twins)[id(model)]
     base = original_class(model)
@@ -45,6 +46,11 @@ def shell_of(model: nn.Module, run: Any, names: Sequence[str], *, live: bool = F
     for name in _WRAPPERS:
         shell.__dict__.pop(name, None)
     return shell
+
+
+def _is_called(module: nn.Module) -> bool:
+    """True for what graphs call, or compute by a function of its own."""
+    return is_opaque(module) or stands_for(module)
 
 
 def _forward(run: Any, names: Sequence[str]) -> Any:
@@ -72,6 +78,8 @@ def _twins(modules: Sequence[nn.Module], known: Twins) -> dict[int, nn.Module]:
             if module is modules[0] and name == BANK:  # beside the elements of a container
                 continue
             state[name] = type(value)() if name in HOOKS else _moved(value, twins)
+        if is_idle(module):
+            del state["forward"]  # which holds on to the live module, and would do nothing else
         for name in ("_parameters", "_buffers"):
             state[name] = dict(module.__dict__[name])
         children = module._modules.items()

@@ -6,13 +6,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph
+from torch.fx import Graph, Node
 
 from vera_fx._context import holding, now
 from vera_fx._torch import outside_modes
-from vera_fx.base.modules import original_class
+from vera_fx.base.modules import HOOKS, original_class
 from vera_fx.errors import CaptureError
-from vera_fx.passes import call_module
+from vera_fx.passes import call_module, written_between
+from vera_fx.products.kinds import BaseCalls, Call, base_calls, cut_of, stands_for
 from vera_fx.products.opaque import answer, features_of, tensors_of
 
 _ANSWERS = "dtypes of answers"
@@ -36,9 +37,12 @@ _call.register_autograd(lambda _ctx, _grad: (None, None, None, None))
 
 def stand_in(module: nn.Module, path: str) -> nn.Module:
     """A module of the same class and attributes as ``module``, whose call is one operator."""
-    features = features_of(module)
+    if isinstance(module, nn.Embedding):
+        return _twin(module, _embedding(path, module.embedding_dim, module.weight.dtype))
+    cut, features = cut_of(module), features_of(module)
     if features is None:
         raise CaptureError(f"{path!r} is a {type(module).__name__} that says no features")
+    width = cut.size if cut is not None and cut.of == "out" else features[1]
 
     def forward(_: nn.Module, x: Tensor, *others: Any, **options: Any) -> Tensor:
         if others or options:
@@ -46,14 +50,36 @@ def stand_in(module: nn.Module, path: str) -> nn.Module:
                 f"{path!r}, a {type(module).__name__}, is called with more than one tensor; exclude "
                 "what calls it from the model's graph"
             )
-        return torch.ops.vera_fx.call(x, path, features[1], _answered(module, x))
+        dtype = _answered(module, x) if cut is None else _computed(x)
+        return torch.ops.vera_fx.call(x, path, width, dtype)
 
+    return _twin(module, forward)
+
+
+def _embedding(path: str, width: int, dtype: torch.dtype) -> Any:
+    def forward(_: nn.Module, ids: Tensor) -> Tensor:
+        # The operator's inputs have a dimension that the output's width takes the place of.
+        return torch.ops.vera_fx.call(ids.unsqueeze(-1), path, width, dtype)
+
+    return forward
+
+
+def _twin(module: nn.Module, forward: Any) -> nn.Module:
+    """A module without tensors of the class and attributes of ``module``, with another forward."""
     base = original_class(module)
     twin = object.__new__(type(base.__name__, (base,), {"forward": forward}))
     held = {**module._parameters, **module._buffers}
     twin.__dict__.update({k: v for k, v in module.__dict__.items() if k != "forward"} | held)
     twin.__dict__["_parameters"], twin.__dict__["_buffers"] = {}, {}
+    twin.__dict__.update({name: type(module.__dict__[name])() for name in HOOKS})
     return twin
+
+
+def _computed(x: Tensor) -> torch.dtype:
+    """The dtype of a linear layer's output for such an input."""
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocast else x.dtype
 
 
 def _answered(module: nn.Module, x: Tensor) -> torch.dtype:
@@ -106,14 +132,38 @@ def asking(answers: Answers) -> Any:
     return holding(_ANSWERS, answers)
 
 
-def call_live(graph: Graph) -> None:
-    """Let a captured graph call the modules that stand-ins were traced for."""
+def call_live(graph: Graph, model: nn.Module) -> None:
+    """Let a captured graph call the modules that stand-ins were traced for, or compute with them."""
     operator = torch.ops.vera_fx.call.default
+    inputs: dict[Any, Node] = {}
     for node in graph.find_nodes(op="call_function", target=operator):
         x, path, *_ = node.args
+        module = model.get_submodule(str(path))
+        calls = base_calls(module) if stands_for(module) else BaseCalls((call_module, ()))
         with graph.inserting_before(node):
-            module = graph.create_node("get_attr", str(path))
-            called = graph.call_function(call_module, (module, x))
-        called.meta.update(node.meta)
-        node.replace_all_uses_with(called)
+            x = _prepared(graph, calls, node, inputs)
+            holder = graph.create_node("get_attr", str(path))
+            last = _called(graph, calls.call, (holder, x), node)
+            if calls.after is not None:
+                last = _called(graph, calls.after, (holder, last), node)
+        node.replace_all_uses_with(last)
         graph.erase_node(node)
+
+
+def _called(graph: Graph, call: Call, args: tuple[Any, ...], like: Node) -> Node:
+    function, more = call
+    called = graph.call_function(function, (*args, *more))
+    called.meta.update(like.meta)
+    return called
+
+
+def _prepared(graph: Graph, calls: BaseCalls, node: Node, known: dict[Any, Node]) -> Node:
+    """The input as the call takes it; once for all calls that read it, so that gradients add up first."""
+    x = cast("Node", node.args[0])
+    if calls.before is None:
+        return x
+    key = (x, calls.before)
+    if key not in known or written_between(known[key], node):
+        known[key] = _called(graph, calls.before, (x,), node)
+        known[key].meta["val"] = x.meta["val"]
+    return known[key]

@@ -17,10 +17,12 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from vera_fx._torch import DictMarks, TensorMarks, stamp
+from vera_fx._torch_parallel import hook_parts
 from vera_fx.base.modules import asks_for_gradients, original_class
 from vera_fx.base.swaps import Stamped, Swaps
 from vera_fx.capturing.facts import fact
 from vera_fx.capturing.reads import Reads, reads_of, slot_value
+from vera_fx.products.kinds import is_odd
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _KEPT = 1024
@@ -31,7 +33,8 @@ class StateWatch:
     """Numbers the states of all that the forward of a model may read.
 
     Attributes:
-        hooked: paths of modules with hooks that are not the library's, in order.
+        hooked: paths of modules with hooks that are not the library's, or other ways of being parallel
+            than graphs know, in order.
     """
 
     def __init__(
@@ -139,7 +142,8 @@ class StateWatch:
             path: [hooks for name in _HOOKS if (hooks := self._foreign(module.__dict__[name]))]
             for path, module in self._named.items()
         }
-        self.hooked = tuple(path for path, dicts in found.items() if dicts)
+        odd = {path for path, module in self._named.items() if is_odd(module)}
+        self.hooked = tuple(path for path, dicts in found.items() if dicts or path in odd)
         self._hook_dicts = [hooks for dicts in found.values() for hooks in dicts]
         self._hook_stamp = stamp(self._hook_dicts)
 
@@ -148,7 +152,9 @@ class StateWatch:
         return hooks if any(map(self._has_to_run, hooks.values())) else {}
 
     def _has_to_run(self, hook: Any) -> bool:
-        return not isinstance(hook, self._ignored_hook) and not asks_for_gradients(hook)
+        # Graphs do what hooks of tensor parallelism do, unless their module is odd.
+        ours = isinstance(hook, self._ignored_hook) or bool(hook_parts(hook))
+        return not ours and not asks_for_gradients(hook)
 
 
 _content = attrgetter("cell_contents")

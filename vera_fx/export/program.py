@@ -13,7 +13,7 @@ from vera_fx._torch import tree_flatten
 from vera_fx.bank.bank import AdapterBank
 from vera_fx.bank.names import one_adapter
 from vera_fx.base.modules import base_modules
-from vera_fx.base.sharding import has_sharded
+from vera_fx.base.sharding import has_parallel, has_sharded
 from vera_fx.capturing.returned_objects import is_stateful
 from vera_fx.capturing.signature import Call
 from vera_fx.errors import CaptureError, ExportError, listing, nearest
@@ -115,6 +115,11 @@ def _check_state(model: nn.Module, bank: AdapterBank) -> None:
     if has_sharded(model):
         raise ExportError(
             "this model is sharded (fully_shard), and a program holds whole weights; save the adapter, load "
+            "it onto a base in one process, and export that"
+        )
+    if has_parallel(model):
+        raise ExportError(
+            "this model is under tensor parallelism, and a program holds whole weights; save the adapter, load "
             "it onto a base in one process, and export that"
         )
     if bank.merged:

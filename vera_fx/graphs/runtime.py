@@ -12,7 +12,7 @@ from vera_fx.bank.build import follow
 from vera_fx.bank.hooks import EagerHook
 from vera_fx.bank.slots import open_ranks
 from vera_fx.base.modules import ADAPTED, PART, in_bank, is_extended, original_class
-from vera_fx.base.sharding import SHARDED, is_sharded
+from vera_fx.base.sharding import has_parallel, is_sharded, spread_reason
 from vera_fx.caching.captures import captured
 from vera_fx.capturing.export_call import Capture
 from vera_fx.capturing.signature import Call, CallReader
@@ -25,7 +25,7 @@ from vera_fx.graphs.machine import surroundings
 from vera_fx.graphs.parts import Parts, split
 from vera_fx.mixing.mixer import Mix
 from vera_fx.processes.reduced import Reduced
-from vera_fx.products.kinds import place_of
+from vera_fx.products.kinds import is_odd, place_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator
@@ -107,7 +107,8 @@ class Runtime:
         """The number of the model's state, which the bank knows as well."""
         state = self.watch.state()
         if state != self._followed:
-            if self._followed != _NONE:
+            # Nothing was watched before the first call: a parallel style may have come after adapt.
+            if self._followed != _NONE or has_parallel(model):
                 follow(model, bank_of(model))
             self._followed = state
         return state
@@ -125,11 +126,11 @@ class Runtime:
         if not inside and not any_global_hook():
             self.parts.forget_hooks(self._entry)
             return False
-        users = [path for path in inside if not is_sharded(model.get_submodule(path))]
+        users = [path for path in inside if not _is_spread(model.get_submodule(path))]
         sharded = bool(inside) and not users
         where = f"{users[0]!r}" if users else "all modules"
         reason = (
-            SHARDED
+            spread_reason(model)
             if sharded
             else f"a hook is registered on {where}, and graphs call no modules; remove it to run one"
         )
@@ -181,6 +182,11 @@ class Runtime:
 
     def _signature(self, call: Call) -> tuple[Any, ...]:
         return (call.structure(), self.watch.state(), surroundings())
+
+
+def _is_spread(module: nn.Module) -> bool:
+    """True for a module whose hooks are how it works with other processes."""
+    return is_sharded(module) or is_odd(module)
 
 
 def _is_empty(model: nn.Module) -> bool:

@@ -84,6 +84,13 @@ def _check_state(bank: AdapterBank) -> None:
             "unmerge the model first"
         )
 
+    cut = next((path for path, target in bank.structure.targets.items() if target.cut), None)
+    if cut is not None:
+        raise AdapterError(
+            f"adapter_names cannot be used under tensor parallelism ({cut!r} is cut over processes); call "
+            "the model once per adapter (set_adapter)"
+        )
+
 
 def _check_names(bank: AdapterBank, names: Any) -> None:
     if isinstance(names, str) or not isinstance(names, Sequence) or not names:

@@ -19,6 +19,7 @@ from vera_fx.products.opaque import (
     place_of_module,
     tensors_of,
 )
+from vera_fx.products.parallel import style_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,11 @@ class Called:
             return (
                 f"is a {type(module).__name__} without in_features and out_features; say which attributes "
                 "hold them: vera_fx.register_base_product(cls, in_features=..., out_features=...)"
+            )
+        if (style := style_of(module)) is not None:
+            return (
+                f"is a {type(module).__name__} under tensor parallelism ({style.name}), and only layers "
+                "whose weight is not quantised are known to be cut; leave it out of target_modules"
             )
         if any(tensor.is_meta for tensor in tensors_of(module)):
             return None

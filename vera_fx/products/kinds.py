@@ -11,11 +11,32 @@ from vera_fx.products.attention_output import AttentionOutput
 from vera_fx.products.backends import Backend, backend_of
 from vera_fx.products.called import Called
 from vera_fx.products.conv1d import Conv1D
+from vera_fx.products.cut_linear import BaseCalls, Call
 from vera_fx.products.linear import Linear
 from vera_fx.products.opaque import is_opaque
+from vera_fx.products.parallel import (
+    Parallel,
+    base_calls,
+    cut_of,
+    is_idle,
+    is_odd,
+    stands_for,
+    style_of,
+)
 from vera_fx.products.protocol import ProductKind
 
-KINDS: tuple[ProductKind, ...] = (AttentionOutput(), Called(), Conv1D(), Linear())
+__all__ = [
+    "BaseCalls",
+    "Call",
+    "base_calls",
+    "cut_of",
+    "is_idle",
+    "is_odd",
+    "stands_for",
+    "style_of",
+]
+
+KINDS: tuple[ProductKind, ...] = (AttentionOutput(), Called(), Parallel(), Conv1D(), Linear())
 """The first that owns a module counts."""
 
 

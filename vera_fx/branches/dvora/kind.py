@@ -29,4 +29,5 @@ DVORA = BranchKind(
     idle_at_zero=False,
     not_mixed="its magnitude is taken of the whole weight, one adapter at a time",
     not_peft="it knows no DVoRA; `vera_fx.to_lora` writes the DoRA adapter that computes the same",
+    not_cut="its magnitude takes the norm of whole rows of the weight",
 )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
+from vera_fx.branches.vera.cuts import parted
 from vera_fx.branches.vera.functions import merged_linear, merged_weight, merged_weight_again
 from vera_fx.branches.vera.parameters import B_VECTOR, D_VECTOR, A, B
 from vera_fx.passes import (
@@ -105,15 +106,16 @@ def _flat(put: Put, node: Node, role: str) -> Node:
 
 
 def vera_update(put: Put, target: Target, x: Node, tensors: Mapping[str, Node]) -> Node:
-    """``b * linear(d * linear(x, A[:, :I]), B[:O])``, shape ``(*L, O)``."""
+    """``b * linear(d * linear(x, A[:, :I]), B[:O])``, shape ``(*L, O)``; this process's part of it."""
     d, b = tensors[D_VECTOR], tensors[B_VECTOR]
-    lead = tensor_of(x).shape[:-1]
+    lead, rows = tensor_of(x).shape[:-1], target.columns_out
     narrow = (*lead, tensor_of(d).shape[0])
-    wide = (*lead, target.out_features)
-    A_RI = put.cut(tensors[A], dim=1, size=target.in_features, role="cut_A")
+    wide = (*lead, rows.stop - rows.start)
+    A_RI = put.cut(tensors[A], dim=1, entries=target.columns_in, role="cut_A")
     z_LR = put(aten.linear.default, x, A_RI, role="z", shape=narrow, shared=True)
+    d, b = parted(put, target, d, b)
     h_LR = put(aten.mul.Tensor, z_LR, d, role="h", shape=narrow)
-    B_OR = put.cut(tensors[B], dim=0, size=target.out_features, role="cut_B")
+    B_OR = put.cut(tensors[B], dim=0, entries=rows, role="cut_B")
     u_LO = put(aten.linear.default, h_LR, B_OR, role="u", shape=wide)
     return put(aten.mul.Tensor, u_LO, b, role="update", shape=wide)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from vera_fx.branches.protocol import EagerCall, LoraForm, Tensors
+from vera_fx.branches.vera.cuts import cut_branch
 from vera_fx.branches.vera.parameters import B_VECTOR, D_VECTOR, A, B
 from vera_fx.branches.vera.reference import vera_branch, vera_delta
 
@@ -28,6 +29,8 @@ class VeraMaths:
         """``output + b * ((d * (x @ A.T)) @ B.T)``, in the vectors' dtype."""
         d, b = tensors[D_VECTOR], tensors[B_VECTOR]
         x = call.drop(call.x.to(d.dtype))
+        if call.cut is not None:
+            return call.output + cut_branch(x, tensors[A], tensors[B], d, b, call.cut)
         return call.output + vera_branch(x, tensors[A], tensors[B], d, b)
 
     def delta(self, tensors: Tensors, in_features: int, weight: Callable[[], Tensor]) -> Tensor:
