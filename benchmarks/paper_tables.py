@@ -181,27 +181,28 @@ def _cells(row: Printed) -> tuple[str, ...]:
     same = agrees(found.trained, row.numbers)
     size = 4 * found.trained
     shown = f"{size / 2**10:,.0f} KiB" if size < 2**20 else f"{size / 2**20:,.1f} MiB"
-    shared = f"{4 * found.shared / 2**20:,.1f} MiB" if found.shared else "–"
+    shared = f"{4 * found.shared / 2**20:,.1f} MiB" if found.shared else ""
     where = "query, value" if row.targets == QV else "all linear but the head"
     verdict = "yes" if same else "**no**"
     if not same or row.remark.startswith("printed"):
         verdict += f": {row.remark}"
     return (
         str(row.table), row.model, f"{row.method} r={row.r}", where, f"{found.trained:,}",
-        row.numbers, shown, row.size or "–", shared, verdict,
+        row.numbers, shown, row.size or "", shared, verdict,
     )  # fmt: skip
 
 
 _COLUMNS = (
-    "table", "model", "method", "targets", "trained", "printed", "fp32", "printed size", "A and B, not stored", "agrees",
+    "table", "model", "method", "targets", "trained", "printed", "fp32", "printed size",
+    "A and B, not stored", "agrees",
 )  # fmt: skip
 
 
 def table() -> str:
     """The rows in Markdown."""
     lines = (" | ".join(_cells(row)) for row in ROWS)
-    head = (" | ".join(_COLUMNS), "|".join("---" for _ in _COLUMNS))
-    return "\n".join(f"| {line} |" for line in (head[0], head[1], *lines))
+    head = (" | ".join(_COLUMNS), " | ".join("---" for _ in _COLUMNS))
+    return "\n".join(f"| {line} |" for line in (*head, *lines))
 
 
 def page() -> str:

@@ -1,18 +1,19 @@
 """Which runs there are, in the order in which they are done: rates first, on sentences that judge nothing."""
 
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.quality import training
-from benchmarks.quality.methods import ABLATIONS, PEFT, SIZES, method, methods_of
+from benchmarks.quality.methods import ABLATIONS, IMAGES, PEFT, SIZES, TEXT, method, methods_of
 from benchmarks.quality.results import Result, chosen
 from benchmarks.quality.tasks import DOMAINS
 from benchmarks.quality.training import Run
 
 SEEDS = (0, 1, 2, 3, 4)
-SWEPT, SWEEP_SEED = ("movies",), 100
-"""The domain whose validation sentences choose every domain's rates, and the seed of these runs."""
+SWEPT, SWEEP_SEEDS = "movies", {"movies": (100,), "digits": (100,)}
+"""The domain whose validation sentences choose every domain's rates, and the seeds of these runs."""
 
 MANY, MANY_RATES = "VeRA r=256", (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 """The method whose rates are swept by `train_many`, and they."""
@@ -41,13 +42,11 @@ class Job:
 
 def jobs(results: Mapping[str, Result]) -> Iterator[Job]:
     """Every job that can be done now: those of later stages wait for the rates of the first."""
-    sweep = list(_sweep(("digits",))) + list(_sweep(SWEPT))
+    sweep = [*_sweep(SWEPT), *_sweep("digits")]
     yield from sweep
     if any(key not in results for job in sweep for key in job.keys):
         return
-    rates = chosen(results)
-    runs = [*_first_tables(rates), *_deep("peft", PEFT, rates), *_deep("sizes", SIZES, rates)]
-    yield from map(single, [*runs, *_deep("ablation", ABLATIONS, rates)])
+    yield from map(single, _tables(chosen(results)))
 
 
 def single(run: Run) -> Job:
@@ -61,38 +60,42 @@ def together(first: Run, rates: tuple[float, ...]) -> Job:
     return Job(tuple(run.key for run in runs), lambda: training.many(first, rates))
 
 
-def _sweep(tasks: tuple[str, ...]) -> Iterator[Job]:
-    for task in tasks:
+def _sweep(task: str) -> Iterator[Job]:
+    for seed in SWEEP_SEEDS[task]:
         for name, way in methods_of(task).items():
-            first = Run("sweep", task, name, 0.0, SWEEP_SEED, "validation")
-            if name == MANY and task != "digits":
+            first = Run("sweep", task, name, 0.0, seed, "validation")
+            if task == SWEPT and name == MANY:
                 yield together(first, MANY_RATES)
-                continue
-            for lr in way.rates:
-                yield single(_with(first, lr=lr))
-    if "digits" not in tasks:
-        for lr in ALONE:
-            yield single(Run("alone", tasks[0], MANY, lr, SWEEP_SEED, "validation"))
+            else:
+                yield from (single(_with(first, lr=lr)) for lr in way.rates)
+        if task == SWEPT:
+            yield from (single(Run("alone", task, MANY, lr, seed, "validation")) for lr in ALONE)
 
 
 def _with(run: Run, **fields: Any) -> Run:
     return Run(**{**training.facts(run), **fields})
 
 
-def _first_tables(rates: Mapping[tuple[bool, str], float]) -> Iterator[Run]:
-    for task in ("digits",):
-        for seed in SEEDS:
-            for name in methods_of(task):
-                yield Run("images", task, name, rates[True, name], seed)
-    for seed in SEEDS:
-        for task in DOMAINS:
-            for name in methods_of(task):
-                yield Run("text", task, name, rates[False, name], seed)
+def _tables(rates: Mapping[tuple[bool, str], float]) -> Iterator[Run]:
+    """What matters most comes first: whoever stops early has whole tables."""
 
+    def over(stage: str, tasks: Sequence[str], names: Iterable[str]) -> Iterator[Run]:
+        names = list(names)
+        for seed, task, name in itertools.product(SEEDS, tasks, names):
+            found = method(task, name).like or name
+            yield Run(stage, task, name, rates[task == "digits", found], seed)
 
-def _deep(
-    stage: str, ways: Mapping[str, Any], rates: Mapping[tuple[bool, str], float]
-) -> Iterator[Run]:
-    for seed in SEEDS:
-        for name in ways:
-            yield Run(stage, DEEP, name, rates[False, method(DEEP, name).like], seed)
+    first = ("head", "VeRA r=256", "LoRA r=8")
+    wanted = ("VeRA r=256, all linear", "LoRA r=1")
+    cheap = ("d_initial = 1", "only b trains", "only d trains, from 0, b = 1")
+    yield from over("text", DOMAINS, first)
+    yield from over("peft", (DEEP,), PEFT)
+    yield from over("text", (DEEP,), ("DVoRA r=256", "full"))
+    yield from over("images", ("digits",), IMAGES)
+    yield from over("sizes", (DEEP,), wanted)
+    yield from over("ablation", (DEEP,), cheap)
+    others = [name for name in DOMAINS if name != DEEP]
+    yield from over("text", others, ("full",))
+    yield from over("sizes", (DEEP,), (name for name in SIZES if name not in wanted))
+    yield from over("ablation", (DEEP,), (name for name in ABLATIONS if name not in cheap))
+    yield from over("text", others, (name for name in TEXT if name not in {*first, "full"}))

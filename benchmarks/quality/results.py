@@ -42,17 +42,23 @@ def _last_line(handle: int, size: int) -> int:
 
 
 def chosen(results: Mapping[str, Result]) -> dict[tuple[bool, str], float]:
-    """For images or not, and each method: the rate with the lowest mean validation loss."""
+    """For images or not, and each method: the rate with the best mean validation accuracy.
+
+    Ties go to the lower loss.
+    """
     found: dict[tuple[bool, str, float], list[Result]] = {}
     for result in results.values():
         if result["stage"] == "sweep":
             key = result["task"] == "digits", result["method"], result["lr"]
             found.setdefault(key, []).append(result)
-    scores = {key: _mean(r["loss"] for r in rows) for key, rows in found.items()}
+    scores = {
+        key: (_mean(r["accuracy"] for r in rows), -_mean(r["loss"] for r in rows))
+        for key, rows in found.items()
+    }
     best: dict[tuple[bool, str], float] = {}
     for (image, name, rate), score in scores.items():
         other = best.get((image, name))
-        if other is None or score < scores[image, name, other]:
+        if other is None or score > scores[image, name, other]:
             best[image, name] = rate
     return best
 
