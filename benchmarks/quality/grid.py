@@ -1,6 +1,7 @@
 """Which runs there are, in the order in which they are done: rates first, on sentences that judge nothing."""
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 from benchmarks.quality import training
 from benchmarks.quality.methods import ABLATIONS, IMAGES, PEFT, SIZES, TEXT, method, methods_of
 from benchmarks.quality.results import Result, chosen
-from benchmarks.quality.tasks import DOMAINS
+from benchmarks.quality.tasks import DOMAINS, task
 from benchmarks.quality.training import Run
 
 SEEDS = (0, 1, 2, 3, 4)
@@ -42,6 +43,7 @@ class Job:
 
 def jobs(results: Mapping[str, Result]) -> Iterator[Job]:
     """Every job that can be done now: those of later stages wait for the rates of the first."""
+    yield from map(commoner, (*DOMAINS, "digits"))
     sweep = [*_sweep(SWEPT), *_sweep("digits")]
     yield from sweep
     if any(key not in results for job in sweep for key in job.keys):
@@ -60,16 +62,28 @@ def together(first: Run, rates: tuple[float, ...]) -> Job:
     return Job(tuple(run.key for run in runs), lambda: training.many(first, rates))
 
 
-def _sweep(task: str) -> Iterator[Job]:
-    for seed in SWEEP_SEEDS[task]:
-        for name, way in methods_of(task).items():
-            first = Run("sweep", task, name, 0.0, seed, "validation")
-            if task == SWEPT and name == MANY:
+def commoner(name: str) -> Job:
+    """What it gives to choose the test's commoner label, whatever the example: no training."""
+    run = Run("labels", name, "commoner label", 0.0, 0)
+
+    def work() -> Results:
+        labels = Counter(row["labels"] for row in task(name).test)
+        share = max(labels.values()) / labels.total()
+        return {run.key: {**training.facts(run), "accuracy": share, "examples": labels.total()}}
+
+    return Job((run.key,), work)
+
+
+def _sweep(place: str) -> Iterator[Job]:
+    for seed in SWEEP_SEEDS[place]:
+        for name, way in methods_of(place).items():
+            first = Run("sweep", place, name, 0.0, seed, "validation")
+            if place == SWEPT and name == MANY:
                 yield together(first, MANY_RATES)
             else:
                 yield from (single(_with(first, lr=lr)) for lr in way.rates)
-        if task == SWEPT:
-            yield from (single(Run("alone", task, MANY, lr, seed, "validation")) for lr in ALONE)
+        if place == SWEPT:
+            yield from (single(Run("alone", place, MANY, lr, seed, "validation")) for lr in ALONE)
 
 
 def _with(run: Run, **fields: Any) -> Run:
@@ -81,9 +95,9 @@ def _tables(rates: Mapping[tuple[bool, str], float]) -> Iterator[Run]:
 
     def over(stage: str, tasks: Sequence[str], names: Iterable[str]) -> Iterator[Run]:
         names = list(names)
-        for seed, task, name in itertools.product(SEEDS, tasks, names):
-            found = method(task, name).like or name
-            yield Run(stage, task, name, rates[task == "digits", found], seed)
+        for seed, place, name in itertools.product(SEEDS, tasks, names):
+            found = method(place, name).like or name
+            yield Run(stage, place, name, rates[place == "digits", found], seed)
 
     first = ("head", "VeRA r=256", "LoRA r=8")
     wanted = ("VeRA r=256, all linear", "LoRA r=1")
