@@ -14,7 +14,7 @@ HEAD = "classifier"
 HEAD_RATE = 4e-3
 """Of the head under every method but `head` itself, whose rate is swept."""
 
-SLOW, LORA, FAST = (1e-4, 3e-4, 1e-3), (1e-3, 3e-3, 1e-2), (1e-2, 3e-2, 1e-1)
+SLOW, LORA, FAST = (1e-4, 3e-4, 1e-3), (3e-4, 1e-3, 3e-3, 1e-2), (1e-2, 3e-2, 1e-1)
 Fields = dict[str, Any]
 
 
@@ -93,12 +93,13 @@ KINDS: dict[str, Callable[[nn.Module, Fields, int], nn.Module]] = {
 }  # fmt: skip
 
 QV = ["query", "value"]
+_WIDE = (*FAST, 3e-1)
 _TEXT = {"r": 256, "target_modules": QV}
 _IMAGE = {"r": 64, "target_modules": ["q_proj", "v_proj"]}
 _MAIN = "VeRA r=256"
 
 TEXT: dict[str, Method] = {
-    "head": Method("head", rates=FAST),
+    "head": Method("head", rates=_WIDE),
     "VeRA r=256": Method("vera", _TEXT, FAST),
     "DVoRA r=256": Method("dvora", _TEXT, FAST),
     "LoRA r=8": Method("lora", {**_TEXT, "r": 8}, LORA),
@@ -106,7 +107,6 @@ TEXT: dict[str, Method] = {
 }
 """What stands in the first table, on every domain."""
 
-_WIDE = (1e-2, 3e-2, 1e-1, 3e-1)
 IMAGES: dict[str, Method] = {
     "head": Method("head", rates=_WIDE),
     "VeRA r=64": Method("vera", _IMAGE, _WIDE),
