@@ -14,7 +14,7 @@ HEAD = "classifier"
 HEAD_RATE = 4e-3
 """Of the head under every method but `head` itself, whose rate is swept."""
 
-SLOW, LORA, FAST = (1e-4, 3e-4, 1e-3), (3e-4, 1e-3, 3e-3, 1e-2), (1e-2, 3e-2, 1e-1)
+SLOW, LORA, FAST = (3e-5, 1e-4, 3e-4), (3e-4, 1e-3, 3e-3, 1e-2), (1e-2, 3e-2, 1e-1)
 Fields = dict[str, Any]
 
 
