@@ -110,7 +110,6 @@ TEXT: dict[str, Method] = {
 IMAGES: dict[str, Method] = {
     "head": Method("head", rates=_WIDE),
     "VeRA r=64": Method("vera", _IMAGE, _WIDE),
-    "VeRA r=64, all linear": Method("vera", {"r": 64, "target_modules": "all-linear"}, _WIDE),
     "DVoRA r=64": Method("dvora", _IMAGE, _WIDE),
     "LoRA r=8": Method("lora", {**_IMAGE, "r": 8}, (3e-3, 1e-2, 3e-2, 1e-1)),
     "full": Method("full", rates=(3e-4, 1e-3, 3e-3, 1e-2)),
