@@ -64,6 +64,17 @@ def test_counts_are_those_of_the_formula() -> None:
     assert trained["head"] == 770
 
 
+def test_the_readme_says_what_the_table_says() -> None:
+    words = (FILE.parents[1] / "README.md").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in tables.text(RUNS).splitlines()]
+    means = {row[0]: row[-1].strip() for row in rows}
+    numbers = {row[0]: row[2] for row in rows}
+    for name in ("VeRA r=256", "LoRA r=8", "head"):
+        assert re.search(rf"\b{means[name]} %", words), name
+    assert numbers["VeRA r=256"] in words
+    assert numbers["LoRA r=8"] in words
+
+
 def run(**fields: Any) -> dict[str, Any]:
     plain = {
         "stage": "text",
