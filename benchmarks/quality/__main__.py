@@ -61,6 +61,9 @@ def main(
     minutes: Annotated[float, typer.Option(help="stop after this; 0 to go on to the end")] = 0,
     output: Annotated[Path, typer.Option(help="a .jsonl file that is added to")] = FILE,
     slice_only: Annotated[bool, typer.Option("--slice", help="a minute of it, for CI")] = False,
+    backwards: Annotated[
+        bool, typer.Option("--backwards", help="last runs first: a second process beside a first")
+    ] = False,
 ) -> None:
     """Do what is not done yet."""
     torch.set_num_threads(1)
@@ -77,7 +80,7 @@ def main(
         if not left:
             print("all runs are done")
             return
-        found = apart(left[0].work)
+        found = apart(left[-1 if backwards else 0].work)
         append(output, found)
         for key, result in found.items():
             print(f"{len(left):4} left | {key}: {result['accuracy']:.1%}", flush=True)

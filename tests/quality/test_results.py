@@ -1,5 +1,7 @@
 """Runs are appended, a killed one is done again and no other, and rates are chosen by validation alone."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,3 +105,21 @@ def test_a_run_is_a_process_of_its_own() -> None:
     assert not here
     with pytest.raises(RuntimeError, match="without a result"):
         command.apart(lambda: os._exit(3))
+
+
+@pytest.mark.slow
+def test_the_slice_runs_from_the_command_line(tmp_path: Path) -> None:
+    """Half a minute: a base trained from scratch, two rates in one batch, two methods alone."""
+    path = tmp_path / "runs.jsonl"
+    command_line = [sys.executable, "-m", "benchmarks.quality", "--slice", "--output", str(path)]
+    subprocess.run(command_line, check=True, cwd=Path(__file__).parents[2])
+    found = read(path)
+    assert [run["method"] for run in found.values()] == [
+        "VeRA r=64",
+        "VeRA r=64",
+        "head",
+        "LoRA r=8",
+    ]
+    commoner = 0.25
+    assert all(run["accuracy"] > commoner for run in found.values())
+    assert len({run["predictions"][:100] for run in found.values()}) == 4
