@@ -92,13 +92,12 @@ def differences(runs: Runs) -> str:
     """Accuracy of VeRA less that of others, each pair from one seed, on the same sentences and steps."""
     rows: list[list[str]] = []
     for name in methods_in(runs, "text"):
-        if name == MANY:
-            continue
         cells = [_gaps(runs, name, domain) for domain in DOMAINS]
-        every = [gap for cell in cells for gap in cell]
-        wins = sum(gap > 0 for gap in every)
-        rows.append([name, *map(_gap, cells), f"{wins} of {len(every)}"])
-    return markdown(("VeRA r=256 less", *DOMAINS, "VeRA is better in"), rows)
+        every = [round(gap, 4) for cell in cells for gap in cell]
+        if name != MANY and every:
+            signs = (sum(gap > 0 for gap in every), every.count(0), sum(gap < 0 for gap in every))
+            rows.append([name, *map(_gap, cells), " / ".join(map(str, signs))])
+    return markdown((f"{MANY} less", *DOMAINS, "pairs: better / equal / worse"), rows)
 
 
 def _gaps(runs: Runs, name: str, domain: str) -> list[float]:

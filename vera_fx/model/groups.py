@@ -24,19 +24,17 @@ def parameter_groups(
     weight_decay: float = 0.0,
     head_weight_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """What trains, in groups that any of torch's optimisers takes.
+    """What trains, in groups that any of torch's optimisers takes, and `Trainer` with them.
 
-    ``"vectors"`` are the adapters' own tensors. ``"heads"`` are their copies of modules
-    (``modules_to_save``), and whatever else of the model requires gradients; ``"biases"`` are those of
-    the latter with one dimension (biases, norms), which are not decayed. Groups that would be
-    empty are left out. Make them after the adapters that are to train have been chosen.
+    ``"vectors"`` are the adapters' own tensors. ``"heads"`` are their copies of modules, and whatever else
+    of the model requires gradients; ``"biases"`` are those of the latter that have one dimension,
+    and are never decayed. Empty groups are left out. Choose which adapters train before.
 
     Args:
         model: an adapted model.
         lr: learning rate of the vectors; docs/recipes.md says what to try next.
         head_lr: of everything else.
-        weight_decay: of the vectors. VeRA's paper uses none for classifiers and 0.01 for generation;
-            decay draws vectors to zero, which is the base.
+        weight_decay: of the vectors, which it draws to zero: to the base.
         head_weight_decay: of trained heads' weights.
 
     Returns:
@@ -48,27 +46,27 @@ def parameter_groups(
     """
     model = unwrapped(model)
     bank = require_adapted(model)
-    values = {
-        "lr": lr,
-        "head_lr": head_lr,
-        "weight_decay": weight_decay,
-        "head_weight_decay": head_weight_decay,
-    }
-    for name, value in values.items():
+    for name, value in (("lr", lr), ("head_lr", head_lr)):
         _check_amount(name, value)
-    own = set(_vectors(bank))
-    vectors, heads, biases = _sorted_out(model, own)
-    if not (vectors or heads or biases):
-        raise AdapterError(
-            "parameter_groups: nothing of the model requires gradients; choose the adapters that are to train "
-            "with vera_fx.set_adapter or set_trainable first"
-        )
+    for name, value in (("weight_decay", weight_decay), ("head_weight_decay", head_weight_decay)):
+        _check_amount(name, value)
+    vectors, heads, biases = _sorted_out(model, set(_vectors(bank)))
     groups = (
         _group("vectors", vectors, lr, weight_decay),
         _group("heads", heads, head_lr, head_weight_decay),
         _group("biases", biases, head_lr, 0.0),
     )
-    return [group for group in groups if group["params"]]
+    return _present(groups)
+
+
+def _present(groups: tuple[dict[str, Any], ...]) -> list[dict[str, Any]]:
+    found = [group for group in groups if group["params"]]
+    if not found:
+        raise AdapterError(
+            "parameter_groups: nothing of the model requires gradients; choose the adapters that are to train "
+            "with vera_fx.set_adapter or set_trainable first"
+        )
+    return found
 
 
 def _check_amount(name: str, value: Any) -> None:
