@@ -31,7 +31,7 @@ def parameter_groups(
     and are never decayed. Empty groups are left out. Choose which adapters train before.
 
     Args:
-        model: an adapted model.
+        model: adapted.
         lr: learning rate of the vectors; docs/recipes.md says what to try next.
         head_lr: of everything else.
         weight_decay: of the vectors, which it draws to zero: to the base.
@@ -46,20 +46,17 @@ def parameter_groups(
     """
     model = unwrapped(model)
     bank = require_adapted(model)
-    for name, value in (("lr", lr), ("head_lr", head_lr)):
-        _check_amount(name, value)
-    for name, value in (("weight_decay", weight_decay), ("head_weight_decay", head_weight_decay)):
-        _check_amount(name, value)
+    _check(lr=lr, head_lr=head_lr)
+    _check(weight_decay=weight_decay, head_weight_decay=head_weight_decay)
     vectors, heads, biases = _sorted_out(model, set(_vectors(bank)))
-    groups = (
+    return _present(
         _group("vectors", vectors, lr, weight_decay),
         _group("heads", heads, head_lr, head_weight_decay),
         _group("biases", biases, head_lr, 0.0),
     )
-    return _present(groups)
 
 
-def _present(groups: tuple[dict[str, Any], ...]) -> list[dict[str, Any]]:
+def _present(*groups: dict[str, Any]) -> list[dict[str, Any]]:
     found = [group for group in groups if group["params"]]
     if not found:
         raise AdapterError(
@@ -69,10 +66,11 @@ def _present(groups: tuple[dict[str, Any], ...]) -> list[dict[str, Any]]:
     return found
 
 
-def _check_amount(name: str, value: Any) -> None:
-    check_finite(name, value)
-    if value < 0:
-        raise ConfigError(f"{name} must not be negative, got {value!r}")
+def _check(**amounts: Any) -> None:
+    for name, value in amounts.items():
+        check_finite(name, value)
+        if value < 0:
+            raise ConfigError(f"{name} must not be negative, got {value!r}")
 
 
 def _vectors(bank: AdapterBank) -> Iterator[int]:
