@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality.results import FILE, read
-from benchmarks.quality.tables import DEEP, Runs, methods_in, middle, of
+from benchmarks.quality.tables import DEEP, Runs, methods_in, middle, plain
 
 PICTURE = FILE.with_suffix(".svg")
 COLOURS = {
@@ -27,7 +27,7 @@ def points(runs: Runs) -> list[Point]:
     """``(method, trained, median, lowest, highest)`` of every method on `DEEP`."""
     found: list[Point] = []
     for name in methods_in(runs, "text", "sizes"):
-        mine = [r for r in of(runs, task=DEEP, method=name) if r["stage"] in {"text", "sizes"}]
+        mine = plain(runs, name, DEEP)
         if mine:
             values = [r["accuracy"] for r in mine]
             found.append((name, mine[0]["trained"], middle(mine), min(values), max(values)))

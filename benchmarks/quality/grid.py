@@ -76,7 +76,8 @@ def commoner(name: str) -> Job:
 
 def _sweep(place: str) -> Iterator[Job]:
     for seed in SWEEP_SEEDS[place]:
-        for name, way in methods_of(place).items():
+        ways = {**methods_of(place), **(SIZES if place == SWEPT else {})}
+        for name, way in ways.items():
             first = Run("sweep", place, name, 0.0, seed, "validation")
             if place == SWEPT and name == MANY:
                 yield together(first, MANY_RATES)
@@ -113,3 +114,4 @@ def _tables(rates: Mapping[tuple[bool, str], float]) -> Iterator[Run]:
     yield from over("sizes", (DEEP,), (name for name in SIZES if name not in wanted))
     yield from over("ablation", (DEEP,), (name for name in ABLATIONS if name not in cheap))
     yield from over("text", others, (name for name in TEXT if name not in {*first, "full"}))
+    yield from over("sizes", others, ("VeRA r=256, all linear",))

@@ -65,6 +65,18 @@ def methods_in(runs: Runs, *stages: str) -> list[str]:
     return sorted(found, key=lambda name: found[name])
 
 
+def plain(runs: Runs, method: str, task: str) -> list[Result]:
+    """A method's runs on the test of one domain, whichever table they were done for."""
+    return [r for r in of(runs, task=task, method=method) if r["stage"] in {"text", "sizes"}]
+
+
+def everywhere(runs: Runs) -> list[str]:
+    """Methods that were run on more domains than `DEEP`, and those of the first table."""
+    names = methods_in(runs, "text", "sizes")
+    wide = {r["method"] for r in runs.values() if r["stage"] == "sizes" and r["task"] != DEEP}
+    return [name for name in names if name in wide | set(methods_in(runs, "text"))]
+
+
 def _facts(found: Result) -> list[str]:
     return [f"{found['lr']:g}", f"{found['trained']:,}", size(found["trained"])]
 
@@ -72,11 +84,11 @@ def _facts(found: Result) -> list[str]:
 def text(runs: Runs) -> str:
     """Every method on every domain."""
     rows = [_commoner(runs)]
-    for name in methods_in(runs, "text"):
-        cells = [of(runs, stage="text", method=name, task=domain) for domain in DOMAINS]
+    for name in everywhere(runs):
+        cells = [plain(runs, name, domain) for domain in DOMAINS]
         whole = all(len(cell) == SEEDS for cell in cells)
         mean = percent(statistics.mean(map(middle, cells))) if whole else ""
-        first = of(runs, stage="text", method=name)[0]
+        first = next(cell[0] for cell in cells if cell)
         rows.append([name, *_facts(first), *map(spread, cells), mean])
     head = ("method", "rate", "trained", "float32", *DOMAINS, "mean of the medians")
     return markdown(head, rows)
@@ -91,7 +103,7 @@ def _commoner(runs: Runs) -> list[str]:
 def differences(runs: Runs) -> str:
     """Accuracy of VeRA less that of others, each pair from one seed, on the same sentences and steps."""
     rows: list[list[str]] = []
-    for name in methods_in(runs, "text"):
+    for name in everywhere(runs):
         cells = [_gaps(runs, name, domain) for domain in DOMAINS]
         every = [round(gap, 4) for cell in cells for gap in cell]
         if name != MANY and every:
@@ -101,8 +113,8 @@ def differences(runs: Runs) -> str:
 
 
 def _gaps(runs: Runs, name: str, domain: str) -> list[float]:
-    ours = {r["seed"]: r["accuracy"] for r in of(runs, stage="text", method=MANY, task=domain)}
-    theirs = of(runs, stage="text", method=name, task=domain)
+    ours = {r["seed"]: r["accuracy"] for r in plain(runs, MANY, domain)}
+    theirs = plain(runs, name, domain)
     return [ours[r["seed"]] - r["accuracy"] for r in theirs if r["seed"] in ours]
 
 
@@ -117,9 +129,7 @@ def costs(runs: Runs) -> str:
     """CPU time and memory of training on `DEEP`."""
     rows: list[list[str]] = []
     for name in methods_in(runs, "text", "peft", "sizes"):
-        mine = [
-            r for r in of(runs, task=DEEP, method=name) if r["stage"] in {"text", "peft", "sizes"}
-        ]
+        mine = plain(runs, name, DEEP) or of(runs, stage="peft", method=name)
         if mine:
             held = middle(mine, "step_bytes") + middle(mine, "moments_bytes")
             seconds, step = middle(mine, "train_cpu_s"), middle(mine, "step_ms")
@@ -161,7 +171,7 @@ def sizes(runs: Runs) -> str:
     """Accuracy against parameters, on `DEEP`."""
     rows: list[list[str]] = []
     for name in methods_in(runs, "text", "sizes"):
-        found = [r for r in of(runs, task=DEEP, method=name) if r["stage"] in {"text", "sizes"}]
+        found = plain(runs, name, DEEP)
         if found:
             rows.append([name, *_facts(found[0]), spread(found)])
     return markdown(("method", "rate", "trained", "float32", DEEP), rows)
