@@ -109,9 +109,9 @@ def _tables(rates: Mapping[tuple[bool, str], float]) -> Iterator[Run]:
     yield from over("images", ("digits",), IMAGES)
     yield from over("sizes", (DEEP,), small)
     yield from over("ablation", (DEEP,), cheap)
+    yield from over("sizes", (DEEP,), (name for name in SIZES if name not in small))
     others = [name for name in DOMAINS if name != DEEP]
     yield from over("text", others, ("full",))
-    yield from over("sizes", others, ("VeRA r=256, all linear",))
-    yield from over("text", others, (name for name in TEXT if name not in {*first, "full"}))
     yield from over("ablation", (DEEP,), (name for name in ABLATIONS if name not in cheap))
-    yield from over("sizes", (DEEP,), (name for name in SIZES if name not in small))
+    yield from over("text", others, (name for name in TEXT if name not in {*first, "full"}))
+    yield from over("sizes", others, ("VeRA r=256, all linear",))
