@@ -25,7 +25,7 @@ def append(path: Path, results: Mapping[str, Result]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = (json.dumps({"key": key, "result": result}) for key, result in results.items())
     text = "".join(f"{row}\n" for row in rows)
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         size = os.fstat(handle).st_size
         cut = size > 0 and os.pread(handle, 1, size - 1) != b"\n"
