@@ -4,9 +4,9 @@ Needs matplotlib (the extra ``chart``). The points are in the file as text as we
 them with the runs.
 """
 
+import itertools
 import json
 from pathlib import Path
-from typing import Any
 
 from benchmarks.quality.results import FILE, read
 from benchmarks.quality.tables import DEEP, Runs, methods_in, middle, plain
@@ -19,6 +19,7 @@ COLOURS = {
     "full": "#57606a",
     "head": "#8a8f98",
 }
+MARKS = "oDsv^P*X<>"
 
 Point = tuple[str, int, float, float, float]
 
@@ -43,12 +44,11 @@ def draw(found: list[Point], target: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
-    for name, trained, value, low, high in found:
+    for (name, trained, value, low, high), mark in zip(found, itertools.cycle(MARKS)):
         colour = COLOURS[name.partition(" ")[0]]
         bars = [[100 * (value - low)], [100 * (high - value)]]
-        axes.errorbar(trained, 100 * value, bars, fmt="o", color=colour, capsize=3)
-        offset: Any = (6, 5)
-        axes.annotate(name, (trained, 100 * value), offset, textcoords="offset points", fontsize=8)
+        axes.errorbar(trained, 100 * value, bars, fmt=mark, color=colour, capsize=3, label=name)
+    axes.legend(loc="lower right", frameon=False)
     axes.set_xscale("log")
     axes.set_xlabel("trained parameters, head included")
     axes.set_ylabel(f"accuracy on {DEEP}, %: median and range of the seeds")
