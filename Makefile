@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 DATA = examples/data/sentiment
 
-.PHONY: demo sweep server load test test-torch fuzz test-all test-executorch test-quantised test-trl families mutation docs package lint types bench gpu clean
+.PHONY: demo sweep quality server load test test-torch fuzz test-all test-executorch test-quantised test-trl families mutation docs package lint types bench gpu clean
 
 # One stamp per set of extras; they share the virtual environment.
 $(VENV)/.%: pyproject.toml constraints.txt
@@ -18,6 +18,12 @@ demo: $(VENV)/.demo
 # Sixteen learning rates and ranks in one batch.
 sweep: $(VENV)/.demo
 	$(BIN)/python examples/sweep.py
+
+# What VeRA is worth: an hour of what docs/quality.jsonl has not yet, then its pages and its picture.
+quality: $(VENV)/.test,chart
+	$(BIN)/python -m benchmarks.quality --minutes 60
+	$(BIN)/python -m benchmarks.quality.page
+	$(BIN)/python -m benchmarks.quality.chart
 
 # Four adapters, trained once (ten minutes), and a server for them; `make load` asks it from another terminal,
 # as one address, so that there is no bound on its rate.

@@ -85,11 +85,8 @@ def train(
     model: Any, compiled: Any, batches: Batches, data: Dataset, epochs: int, rate: float
 ) -> list[float]:
     """Train the adapter; returns the seconds of each step."""
-    vectors = [p for n, p in model.named_parameters() if p.requires_grad and "vera_lambda" in n]
-    head = [p for n, p in model.named_parameters() if p.requires_grad and "vera_lambda" not in n]
-    optimizer = torch.optim.AdamW(
-        [{"params": vectors, "lr": rate}, {"params": head, "lr": 0.4 * rate}], weight_decay=0.0
-    )
+    groups = vera_fx.parameter_groups(model, lr=rate, head_lr=0.4 * rate)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     steps = epochs * -(-len(data.train) // batches.size)
     schedule = get_linear_schedule_with_warmup(optimizer, round(0.06 * steps), steps)
     seconds: list[float] = []

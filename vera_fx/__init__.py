@@ -49,6 +49,7 @@ from vera_fx.model.adapters import (
     set_trainable,
     train_adapters,
 )
+from vera_fx.model.groups import parameter_groups
 from vera_fx.model.methods import also
 from vera_fx.model.on_paper import PaperMemory, memory_on_paper
 from vera_fx.products.registered import register_base_product
@@ -107,6 +108,7 @@ __all__ = [
     "lora_errors",
     "memory_on_paper",
     "merge",
+    "parameter_groups",
     "parameter_summary",
     "program_sites",
     "program_vectors",

@@ -1,0 +1,1 @@
+"""The quality benchmark: its runs, its results, its pages."""
