@@ -57,7 +57,7 @@ def check_operator(text: str, namespaces: Collection[str]) -> None:
     elif namespace not in {*_OWN, *namespaces}:
         raise ValueError(
             f"it calls {shown(text)}; of its own accord load_program takes operators of "
-            f"{listing(sorted(namespaces))} (namespaces=[{namespace!r}] trusts those too)"
+            f"{listing(sorted({*_OWN, *namespaces}))} (namespaces=[{namespace!r}] trusts those too)"
         )
     else:
         _check_overload(text, namespace, name, overload or "default")

@@ -123,7 +123,10 @@ def stands_for(module: nn.Module) -> bool:
 
 def cut_of(module: nn.Module) -> Cut | None:
     """How a linear layer is cut over processes; None if it is not."""
-    found = _cut(module) if isinstance(module, nn.Linear) and style_of(module) else None
+    # The weight first: hooks ask this wherever Python calls a layer, in traces of others as well.
+    if not isinstance(module, nn.Linear) or not hasattr(module.weight, "placements"):
+        return None
+    found = _cut(module) if style_of(module) else None
     return None if isinstance(found, str) else found
 
 
