@@ -94,7 +94,7 @@ docs:
 	rm -rf build/package && mkdir -p build/package
 	cp -r vera_fx build/package/vera_fx && cp -r passes build/package/vera_fx/passes
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
-	.venv-docs/bin/python -m tests.docs.notebook docs/five_minutes.ipynb build/site/five_minutes.ipynb
+	OMP_NUM_THREADS=1 .venv-docs/bin/python -m tests.docs.notebook docs/five_minutes.ipynb build/site/five_minutes.ipynb
 
 # Wheel and sdist into dist/; the wheel is made from the sdist, checked, and used in an environment that has what it
 # says it needs and nothing else.

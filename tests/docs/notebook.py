@@ -16,7 +16,7 @@ def main(source: Path, target: Path) -> None:
     notebook = nbformat.read(source, as_version=4)
     with tempfile.TemporaryDirectory() as folder:
         resources = {"metadata": {"path": folder}}
-        NotebookClient(notebook, timeout=120, kernel_name="python3", resources=resources).execute()
+        NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources).execute()
     nbformat.write(notebook, target)
     count = sum(cell.cell_type == "code" for cell in notebook.cells)
     sys.stdout.write(f"{source}: {count} cells ran\n")
