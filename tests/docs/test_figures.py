@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import shlex
+import statistics
 
 import pytest
 
@@ -60,6 +61,34 @@ def run(name: str) -> dict:
 def test_every_run_is_used() -> None:
     kept = {table.kept for page in PAGES for table in known(named(page))} - {"table"}
     assert kept | {"memory_bf16.json"} == {path.name for path in RUNS.glob("*.json")}
+
+
+def test_the_table_of_jobs_of_one_row_is_its_runs() -> None:
+    (table,) = (t for t in known("train_many") if t.kept == "many_jobs.json")
+    expected = []
+    for runs in run("many_jobs.json")["runs"]:
+        for found in runs["results"]:
+            times = {name: spread["median"] for name, spread in found["ms"].items()}
+            systems = ("ours in turn", "PEFT VeRA in turn", "PEFT LoRA in turn")
+            mib = found["mib"]
+            expected.append((
+                str(found["jobs"]),
+                str(runs["length"]),
+                {"minilm": "MiniLM", "llama": "Llama"}[found["shape"]] + ", compiled" * runs["compiled"],
+                *(f"{times[name] / times['one batch']:.2f}" for name in systems),
+                f"{mib['one batch']:.0f}" if mib else "",
+                f"{2 * mib['ours in turn']:.0f}" if mib else "",
+            ))  # fmt: skip
+    assert sorted(map(tuple, table.rows[1:])) == sorted(expected)
+
+
+def test_the_table_of_first_calls_is_its_runs() -> None:
+    (table,) = (t for t in known("benchmarks") if t.kept == "first_call.json")
+    for row, found in zip(table.rows[1:], run("first_call.json")["results"], strict=True):
+        medians = [statistics.median(column) for column in zip(*found["seconds"], strict=True)]
+        assert row[2] == f"{medians[0]:.2f}"
+        assert (row[3], row[5]) == (f"{medians[1]:.2f}", f"{medians[2]:.2f}")
+        assert (row[4], row[6]) == (f"{found['ratio']:.2f}", f"{found['kept']:.2f}")
 
 
 def test_the_table_of_switches_is_its_runs() -> None:
