@@ -154,7 +154,7 @@ def test_values_of_an_attribute(count: int) -> None:
     assert len(list(kept.all())) == kept.graphs
 
 
-@pytest.mark.parametrize("count", times(10, 100))
+@pytest.mark.parametrize("count", times(5, 100))
 def test_copies(count: int) -> None:
     model = adapted(2, 3)
     twins: list[weakref.ref[nn.Module]] = []

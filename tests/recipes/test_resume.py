@@ -112,6 +112,7 @@ def interrupted(recipe: Recipe, run: Path, step: int) -> None:
         train(recipe, run, lambda *_: [Interrupt(step)])
 
 
+@pytest.mark.slow
 def test_interrupted_at_any_step(
     recipe: Recipe, whole: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -46,7 +46,9 @@ def run(model: nn.Module, **options: Any) -> vera_fx.TrainResults:
     return vera_fx.train_many(model, jobs(), held_out=held_out(), progress=False, **options)
 
 
-@pytest.mark.parametrize("at", [1, 4, 7])
+@pytest.mark.parametrize(
+    "at", [pytest.param(1, marks=pytest.mark.slow), 4, pytest.param(7, marks=pytest.mark.slow)]
+)
 def test_a_run_that_was_cut_off_ends_the_same(tmp_path: Path, at: int) -> None:
     whole, second = model_with_dropout(), model_with_dropout()
     expected = run(whole)

@@ -1,7 +1,7 @@
 """What of a bank's adapters shapes graphs: targets, tensors that have copies, layouts of rows."""
 
 from collections.abc import Hashable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from vera_fx.passes import ReadWeight, Redirect, Target, resolve
 
 Base = tuple[tuple[str, ...], nn.Module]
 """The paths under which a tensor of the base is read, and the module that it belongs to."""
+
+_FIELDS = fields(Target)
 
 Bases = Mapping[tuple[str, str], Base]
 """`Base` for each ``(module path, tensor name)`` that an adapter has a copy of."""
@@ -45,7 +47,9 @@ class Structure:
         made.base_paths, made.homes = dict(state["base_paths"]), dict(state["homes"])
         made.exact = state["exact"]
         for path, target in state["targets"].items():
-            made.targets[path] = replace(target, product=ReadWeight(target.product))
+            # Fields that are newer than the file have their defaults.
+            known = {f.name: getattr(target, f.name) for f in _FIELDS if hasattr(target, f.name)}
+            made.targets[path] = Target(**{**known, "product": ReadWeight(target.product)})
         return made
 
     def grow(self, targets: Mapping[str, Target], bases: Bases) -> bool:
