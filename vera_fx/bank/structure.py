@@ -1,7 +1,7 @@
 """What of a bank's adapters shapes graphs: targets, tensors that have copies, layouts of rows."""
 
 from collections.abc import Hashable, Iterator, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
