@@ -93,7 +93,7 @@ def converted(base: str, adapter: Path, cache: Path, max_rank: int) -> Path:
     target = cache / _key(base, adapter, max_rank)
     cache.mkdir(parents=True, exist_ok=True)
     with locked(cache / f"{target.name}.lock", patience=_PATIENCE):
-        if not target.is_dir():
+        if not all((target / name).is_file() for name in _FILES):  # a refusal leaves it empty
             _convert(base, adapter, target, max_rank)
     return target
 
