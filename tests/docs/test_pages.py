@@ -69,7 +69,7 @@ def check_command(words: list[str]) -> None:
         for extras in re.findall(r"vera-fx\[([\w,]+)\]", " ".join(rest)):
             assert set(extras.split(",")) <= EXTRAS.keys(), words
     else:
-        assert first in {"vera-fx", "curl", "git", "export"}, f"what is {words}?"
+        assert first in {"vera-fx", "curl", "git", "export", "vllm"}, f"what is {words}?"
 
 
 @pytest.mark.parametrize("fence", SHELL, ids=str)

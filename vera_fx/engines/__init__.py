@@ -1,0 +1,1 @@
+"""Other engines that serve an adapter: vLLM, by the LoRA adapter that computes the same."""
