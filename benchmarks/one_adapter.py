@@ -12,8 +12,8 @@ import typer
 import uvicorn
 
 import vera_fx
-from examples.server.app import create_app
-from examples.server.limits import Limits
+from vera_fx.serving.app import create_app
+from vera_fx.serving.limits import Limits
 from examples.server.minilm import LABELS, classifier, load_base
 
 

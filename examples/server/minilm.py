@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import vera_fx
-from examples.server.batcher import Classify
+from vera_fx.serving.batcher import Classify
 
 LABELS = ("negative", "positive")
 DOMAINS = ("movies", "news", "products", "tweets")

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 import vera_fx
-from examples.server.batcher import Classify
+from vera_fx.serving.batcher import Classify
 from examples.server.minilm import CONFIG, DOMAINS, classifier, load_base
 from examples.text_data import Dataset, Example, read_dataset
 

@@ -13,7 +13,7 @@ from fastapi import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from examples.server.limits import Limits
+from vera_fx.serving.limits import Limits
 
 _ADDRESSES = 10_000
 
