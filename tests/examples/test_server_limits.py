@@ -20,14 +20,14 @@ import uvicorn
 from fastapi.testclient import TestClient
 
 from examples.server import __main__ as command
+from tests.checkpoint.test_store import CONFIG, WEIGHTS, make
+from tests.examples.test_server import HEADERS, KEY, LABELS, ask, body, encode
+from tests.fuzz import mutators
 from vera_fx.serving import app as server_app
 from vera_fx.serving.app import create_app
 from vera_fx.serving.door import server_options
 from vera_fx.serving.gate import Rate, address_of
 from vera_fx.serving.limits import Limits
-from tests.checkpoint.test_store import CONFIG, WEIGHTS, make
-from tests.examples.test_server import HEADERS, KEY, LABELS, ask, body, encode
-from tests.fuzz import mutators
 
 
 class World:
