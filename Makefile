@@ -27,13 +27,13 @@ quality: $(VENV)/.test,chart
 
 # Four adapters, trained once (ten minutes), and a server for them; `make load` asks it from another terminal,
 # as one address, so that there is no bound on its rate.
-out/server/accuracy.json: | $(VENV)/.server
+out/server/accuracy.json: | $(VENV)/.demo,server
 	$(BIN)/python -m examples.server.train
 
 server: out/server/accuracy.json
 	$(BIN)/python -m examples.server --rate 0
 
-load: $(VENV)/.server
+load: $(VENV)/.demo,server
 	$(BIN)/python -m examples.server.load
 
 test: $(VENV)/.test

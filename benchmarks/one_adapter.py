@@ -12,9 +12,10 @@ import typer
 import uvicorn
 
 import vera_fx
-from examples.server.app import create_app
-from examples.server.limits import Limits
-from examples.server.minilm import LABELS, classifier, load_base
+from examples.server.minilm import LABELS, load_base
+from vera_fx.serving.app import create_app
+from vera_fx.serving.classify import classifier
+from vera_fx.serving.limits import Limits
 
 
 def main(

@@ -8,10 +8,10 @@ import torch
 import typer
 import uvicorn
 
-from examples.server.app import create_app
-from examples.server.door import server_options
-from examples.server.limits import Limits
 from examples.server.minilm import LABELS, serving
+from vera_fx.serving.app import create_app
+from vera_fx.serving.door import server_options
+from vera_fx.serving.limits import Limits
 
 KEY = "VERA_FX_SERVER_KEY"
 _SHORTEST = 16

@@ -1,6 +1,5 @@
 """The classifier that is served: MiniLM, and one adapter with its own head per domain."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import vera_fx
-from examples.server.batcher import Classify
+from vera_fx.serving.batcher import Classify
+from vera_fx.serving.classify import classifier, warm_up
 
 LABELS = ("negative", "positive")
 DOMAINS = ("movies", "news", "products", "tweets")
@@ -29,35 +29,11 @@ def load_base() -> tuple[Any, Any]:
     return model.eval(), AutoTokenizer.from_pretrained(bundled())
 
 
-def classifier(model: Any, tokenizer: Any, *, length: int = 64, mixed: bool = True) -> Classify:
-    """Texts and adapters' names -> probabilities.
-
-    Args:
-        model: an adapted model.
-        tokenizer: its tokenizer.
-        length: most tokens of a text.
-        mixed: False to let the active adapter judge, whatever the names.
-    """
-
-    def classify(texts: Sequence[str], names: Sequence[str]) -> list[list[float]]:
-        batch = tokenizer(
-            list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt"
-        )
-        rows = {"adapter_names": list(names)} if mixed else {}
-        with torch.inference_mode():
-            return model(**batch, **rows).logits.softmax(-1).tolist()
-
-    return classify
-
-
 def serving(folder: Path, capacity: int) -> tuple[Classify, vera_fx.AdapterStore]:
     """A model whose adapters are in ``folder/adapters``, as `examples.server.train` leaves them."""
     model, tokenizer = load_base()
     vera_fx.load_adapter(model, folder / "kind", adapter_name="kind")
     store = vera_fx.AdapterStore(model, folder / "adapters", capacity=capacity)
     classify = classifier(model, tokenizer)
-    names = store.names()
-    if names:  # capture before the first request; one row is a signature of its own
-        for rows in (1, 2):
-            classify(["warm up"] * rows, names[:1] * rows)
+    warm_up(classify, store)
     return classify, store

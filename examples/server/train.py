@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 import vera_fx
-from examples.server.batcher import Classify
 from examples.server.minilm import CONFIG, DOMAINS, classifier, load_base
 from examples.text_data import Dataset, Example, read_dataset
+from vera_fx.serving.batcher import Classify
 
 DATA = Path(__file__).parent.parent / "data/sentiment"
 BATCH = 32

@@ -19,11 +19,11 @@ import uvicorn
 from fastapi.testclient import TestClient
 
 from examples.server import load
-from examples.server.app import create_app
-from examples.server.batcher import Batcher
-from examples.server.limits import Limits
 from tests.checkpoint.test_store import CONFIG, DAMAGES, WEIGHTS, make
 from tests.helpers import assert_close
+from vera_fx.serving.app import create_app
+from vera_fx.serving.batcher import Batcher
+from vera_fx.serving.limits import Limits
 
 LABELS = ("bad", "fair", "good")
 KEY = "a key of the tests"

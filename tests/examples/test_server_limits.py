@@ -20,14 +20,14 @@ import uvicorn
 from fastapi.testclient import TestClient
 
 from examples.server import __main__ as command
-from examples.server import app as server_app
-from examples.server.app import create_app
-from examples.server.door import server_options
-from examples.server.gate import Rate, address_of
-from examples.server.limits import Limits
 from tests.checkpoint.test_store import CONFIG, WEIGHTS, make
 from tests.examples.test_server import HEADERS, KEY, LABELS, ask, body, encode
 from tests.fuzz import mutators
+from vera_fx.serving import app as server_app
+from vera_fx.serving.app import create_app
+from vera_fx.serving.door import server_options
+from vera_fx.serving.gate import Rate, address_of
+from vera_fx.serving.limits import Limits
 
 
 class World:
@@ -137,7 +137,7 @@ def test_rate_of_an_address(world: World) -> None:
 
 def test_tokens_come_back_and_addresses_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("examples.server.gate.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("vera_fx.serving.gate.time.monotonic", lambda: now[0])
     rate = Rate(2.0, 4)
     assert [rate.take("a") for _ in range(5)] == [0, 0, 0, 0, 0.5]
     now[0] = 0.5

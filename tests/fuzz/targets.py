@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 import vera_fx
-from examples.server.app import create_app
-from examples.server.limits import Limits
 from tests.fuzz import mutators
 from tests.helpers import fill_vectors
 from tests.models import MLP
+from vera_fx.serving.app import create_app
+from vera_fx.serving.limits import Limits
 
 CONFIG, WEIGHTS, PROGRAM = "adapter_config.json", "adapter_model.safetensors", "p.pt2"
 Files = dict[str, bytes]

@@ -12,6 +12,7 @@ from vera_fx.cli.folders import check_new
 from vera_fx.cli.inspect import adapter_report, is_adapter, model_report
 from vera_fx.cli.main import reported
 from vera_fx.cli.output import show
+from vera_fx.cli.serve import serve as serve_folders
 
 app = typer.Typer(
     name="vera-fx",
@@ -140,3 +141,17 @@ def predict(
     written = runs.write(answers, out)
     if written is not None:
         show({"written": str(out), "rows": written}, as_json=False)
+
+
+@app.command()
+@reported
+def serve(
+    model: Model,
+    store: Annotated[Path, typer.Argument(help="folder with a folder for each adapter")],
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    capacity: Annotated[int, typer.Option(min=1, help="adapters kept in memory")] = 1024,
+    length: Annotated[int, typer.Option(min=1, help="most tokens of a text")] = 64,
+) -> None:
+    """Serve a classifier and its adapters over HTTP until interrupted."""
+    serve_folders(model, store, host=host, port=port, capacity=capacity, length=length)

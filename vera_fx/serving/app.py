@@ -13,10 +13,10 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
 import vera_fx
-from examples.server.batcher import Batcher, Classify, OverloadedError
-from examples.server.gate import Gate
-from examples.server.limits import Limits
-from examples.server.uploads import add, parts
+from vera_fx.serving.batcher import Batcher, Classify, OverloadedError
+from vera_fx.serving.gate import Gate
+from vera_fx.serving.limits import Limits
+from vera_fx.serving.uploads import add, parts
 
 
 class Question(BaseModel):

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from examples.server.limits import Limits
+from vera_fx.serving.limits import Limits
 
 
 class Door(H11Protocol):

@@ -13,9 +13,11 @@ from fastapi import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from examples.server.limits import Limits
+from vera_fx.serving.limits import Limits
 
 _ADDRESSES = 10_000
+_VERSION_6 = 6
+_DIGITS = 15  # of a length that is worth reading
 
 
 class Rate:
@@ -46,7 +48,7 @@ def address_of(scope: Scope) -> str:
         address = ipaddress.ip_address(host)
     except ValueError:
         return str(host)
-    if address.version == 6:
+    if address.version == _VERSION_6:
         return str(ipaddress.ip_network((int(address) >> 64 << 64, 64)))
     return str(address)
 
@@ -105,7 +107,7 @@ class Gate:
         length = headers.get(b"content-length", b"0")
         if not length.isdigit():
             raise HTTPException(400, "the length of the body is no number")
-        if len(length) > 15 or int(length) > limit:
+        if len(length) > _DIGITS or int(length) > limit:
             raise _too_large(limit)
         return limit
 
