@@ -150,12 +150,19 @@ def create_app(
         max_wait: seconds that a request waits for others to share a batch with.
     """
     if max_batch > store.capacity:
-        raise ValueError(f"max_batch is {max_batch}, but the store keeps only {store.capacity}")
+        raise vera_fx.ConfigError(
+            f"max_batch is {max_batch}, but the store keeps only {store.capacity} adapters; raise its capacity"
+        )
     limits = limits or Limits()
     batcher = Batcher(classify, store, max_batch, max_wait, limits.waiting)
     service = Service(batcher, labels, limits)
-    pages: dict[str, None] = {"docs_url": None, "redoc_url": None, "openapi_url": None}
-    app = FastAPI(title="vera_fx", lifespan=service.lifespan, **pages)
+    app = FastAPI(
+        title="vera_fx",
+        lifespan=service.lifespan,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+    )
     app.add_middleware(Gate, limits=limits, key=key, statuses=service.statuses)
     app.add_exception_handler(RequestValidationError, _malformed)
     app.post("/classify")(service.classify)
