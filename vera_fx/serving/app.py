@@ -128,6 +128,9 @@ class Service:
         return Response("\n".join(lines) + "\n", media_type="text/plain")
 
 
+_NO_PAGES: Any = {"docs_url": None, "redoc_url": None, "openapi_url": None}
+
+
 def create_app(
     classify: Classify,
     store: vera_fx.AdapterStore,
@@ -156,13 +159,7 @@ def create_app(
     limits = limits or Limits()
     batcher = Batcher(classify, store, max_batch, max_wait, limits.waiting)
     service = Service(batcher, labels, limits)
-    app = FastAPI(
-        title="vera_fx",
-        lifespan=service.lifespan,
-        docs_url=None,
-        redoc_url=None,
-        openapi_url=None,
-    )
+    app = FastAPI(title="vera_fx", lifespan=service.lifespan, **_NO_PAGES)
     app.add_middleware(Gate, limits=limits, key=key, statuses=service.statuses)
     app.add_exception_handler(RequestValidationError, _malformed)
     app.post("/classify")(service.classify)
