@@ -124,7 +124,9 @@ def stands_for(module: nn.Module) -> bool:
 def cut_of(module: nn.Module) -> Cut | None:
     """How a linear layer is cut over processes; None if it is not."""
     # The weight first: hooks ask this wherever Python calls a layer, in traces of others as well.
-    if not isinstance(module, nn.Linear) or not hasattr(module.weight, "placements"):
+    # A quantised layer may have none.
+    weight = getattr(module, "weight", None)
+    if not isinstance(module, nn.Linear) or not hasattr(weight, "placements"):
         return None
     found = _cut(module) if style_of(module) else None
     return None if isinstance(found, str) else found
