@@ -1,6 +1,5 @@
 """python -m examples.server: serves the adapters of a folder."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -8,13 +7,11 @@ import torch
 import typer
 import uvicorn
 
+import vera_fx
 from examples.server.minilm import LABELS, serving
 from vera_fx.serving.app import create_app
 from vera_fx.serving.door import server_options
-from vera_fx.serving.limits import Limits
-
-KEY = "VERA_FX_SERVER_KEY"
-_SHORTEST = 16
+from vera_fx.serving.limits import Limits, key_for_changes
 
 
 def main(
@@ -33,9 +30,10 @@ def main(
 
     Uploads and deletes need the key in the environment variable VERA_FX_SERVER_KEY.
     """
-    key = os.environ.get(KEY)
-    if key is not None and len(key) < _SHORTEST:
-        raise typer.BadParameter(f"the key in {KEY} has fewer than {_SHORTEST} characters")
+    try:
+        key = key_for_changes()
+    except vera_fx.ConfigError as error:
+        raise typer.BadParameter(str(error)) from error
     if threads:
         torch.set_num_threads(threads)
     classify, store = serving(folder, capacity)

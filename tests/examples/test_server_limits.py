@@ -115,7 +115,7 @@ def test_uploads_and_deletes_need_the_key(world: World) -> None:
 
 
 def test_a_key_that_can_be_guessed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(command.KEY, "secret")
+    monkeypatch.setenv("VERA_FX_SERVER_KEY", "secret")
     with pytest.raises(typer.BadParameter, match="fewer than 16 characters"):
         command.main()
 

@@ -1,10 +1,9 @@
 """A folder of captures: read where one fits a call, written where none did."""
 
-import contextlib
 import json
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,26 +93,15 @@ def captured(
     folder: CaptureFolder | None = registered(_KIND).get(_KIND)
     if folder is None:
         return cleaned(model, call, export_call(model, *entry, call, opening))
-    with _telling(model):
-        key = key_of(model, entry[0], call, opening, settings)
-        found = folder.find(key, model, call)
-        if found is not None:
-            return cleaned(model, call, found)
-        return folder.add(key, model, call, export_call(model, *entry, call, opening))
-    return cleaned(model, call, export_call(model, *entry, call, opening))
-
-
-@contextlib.contextmanager
-def _telling(model: nn.Module) -> Iterator[None]:
-    """Warn of what cannot be hashed, and go on without the folder."""
     try:
-        yield
+        key = key_of(model, entry[0], call, opening, settings)
     except Unreadable as reason:
-        warnings.warn(
-            f"captures of this {type(model).__name__} are not kept: it reads {reason}",
-            CaptureCacheWarning,
-            stacklevel=3,
-        )
+        _tell(f"captures of this {type(model).__name__} are not kept: it reads {reason}")
+        return cleaned(model, call, export_call(model, *entry, call, opening))
+    found = folder.find(key, model, call)
+    if found is not None:
+        return cleaned(model, call, found)
+    return folder.add(key, model, call, export_call(model, *entry, call, opening))
 
 
 @dataclass(frozen=True, slots=True)

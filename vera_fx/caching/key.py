@@ -1,6 +1,5 @@
 """What a kept capture depends on, as one hash: versions, code, configuration, weights' looks, the call."""
 
-import functools
 import hashlib
 import json
 import os
@@ -23,7 +22,6 @@ from vera_fx.capturing.signature import Call
 from vera_fx.products.opaque import is_opaque
 
 FORMAT = "vera_fx capture 1"
-_INTERNAL = frozenset(nn.Module().__dict__) - {"training"}
 _VARIABLES = ("TORCH", "PYTORCH", "TRANSFORMERS", "HF_", "VERA_FX")
 _PROGRESS = {"VERA_FX_PROGRESS"}
 
@@ -89,9 +87,8 @@ def _of_reads(reads: Reads, modules: dict[str, nn.Module], contents: Contents) -
     titles = {id(module.__dict__): f"attributes of {path!r}" for path, module in modules.items()}
     titles |= {id(m._modules): f"modules of {path!r}" for path, m in modules.items()}
     held = {id(d) for m in modules.values() for d in (m._parameters, m._buffers)}
-    own = set(titles)
     yield from sorted(
-        _of_reader(reader, titles, contents, of_module=id(reader.where) in own)
+        _of_reader(reader, titles, contents)
         for reader in reads.readers
         if id(reader.where) not in held
     )
@@ -99,14 +96,11 @@ def _of_reads(reads: Reads, modules: dict[str, nn.Module], contents: Contents) -
     yield from sorted(contents.of(value) for value, _ in reads.slotted)
 
 
-def _of_reader(
-    reader: Reader, titles: dict[int, str], contents: Contents, *, of_module: bool
-) -> str:
+def _of_reader(reader: Reader, titles: dict[int, str], contents: Contents) -> str:
     where = reader.where
     title = titles.get(id(where)) or str(where.get("__module__") or where.get("__name__") or "")
-    ignored = reader.ignored | (_INTERNAL if of_module else frozenset())
     read = where.keys() if reader.names is None else reader.names
-    names = [name for name in read if name not in ignored]
+    names = [name for name in read if name not in reader.ignored]
     return json.dumps([title, contents.items(where, names)])
 
 
@@ -142,7 +136,7 @@ def _versions(libraries: Iterable[str]) -> Iterable[str]:
         yield f"{name} {_version(name)}"
 
 
-@functools.cache
+@cached(256)
 def _version(package: str) -> str:
     module = sys.modules.get(package)
     known = getattr(module, "__version__", None)

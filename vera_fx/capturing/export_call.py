@@ -127,13 +127,6 @@ class Exported:
     report: PipelineReport | None = None
 
 
-def capture_call(
-    model: nn.Module, forward: Any, reader: CallReader, call: Call, opening: Opening = Opening.ALL
-) -> Capture:
-    """Export the call and bind the graph to ``model``: `export_call`, then `cleaned`."""
-    return cleaned(model, call, export_call(model, forward, reader, call, opening))
-
-
 def export_call(
     model: nn.Module, forward: Any, reader: CallReader, call: Call, opening: Opening
 ) -> Exported:

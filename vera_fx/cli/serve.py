@@ -1,7 +1,6 @@
 """``vera-fx serve``: a classifier's folder and a folder of adapters, over HTTP."""
 
 import importlib.util
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,6 @@ from vera_fx.cli.folders import load
 from vera_fx.cli.inspect import is_adapter
 from vera_fx.errors import ConfigError
 
-KEY = "VERA_FX_SERVER_KEY"
-_SHORTEST = 16
 _KIND = "first of the store"  # the adapter that gives the model its branches
 
 
@@ -22,12 +19,13 @@ def serve(model: Path, folder: Path, *, host: str, port: int, **sizes: int) -> N
     Raises:
         ConfigError: the key is too short, a library is missing, or a folder holds something else.
     """
-    key = _key()
+    from vera_fx.serving.limits import Limits, key_for_changes
+
+    key = key_for_changes()
     _check_installed()
     import uvicorn
 
     from vera_fx.serving.door import server_options
-    from vera_fx.serving.limits import Limits
 
     limits = Limits()
     app = application(model, folder, key=key, limits=limits, **sizes)
@@ -61,13 +59,6 @@ def application(
     warm_up(classify, store)
     options = {"key": key, "limits": limits, "max_batch": min(32, capacity)}
     return create_app(classify, store, labels, **options)
-
-
-def _key() -> str | None:
-    key = os.environ.get(KEY)
-    if key is not None and len(key) < _SHORTEST:
-        raise ConfigError(f"the key in {KEY} has fewer than {_SHORTEST} characters; give a longer")
-    return key
 
 
 def _check_installed() -> None:

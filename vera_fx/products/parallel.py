@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, cast
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vera_fx._torch_parallel import closure_of, hook_parts, part_from
 from vera_fx.passes import BaseProduct, Cut
@@ -23,6 +22,7 @@ from vera_fx.products.cut_linear import (
     rows_embedding,
     split_linear,
 )
+from vera_fx.products.linear import Linear
 from vera_fx.products.protocol import plain_refusal
 
 _STYLES = ("ColwiseParallel", "RowwiseParallel")
@@ -189,7 +189,7 @@ def base_calls(module: nn.Module) -> BaseCalls:
     if cut is None:
         return BaseCalls((rows_embedding, (group, *_own(rank, world, weight.shape[0]))))
     by_columns = repr(weight.placements[0]) == "Shard(dim=0)"
-    if cut is not None and cut.of:
+    if cut.of:
         if by_columns:
             return BaseCalls((column_linear, ()), before=(part_from, (group,)))
         return BaseCalls((row_linear, ()), after=(row_sum, (group,)))
@@ -205,8 +205,11 @@ def _own(rank: int, world: int, whole: int) -> tuple[int, int]:
 
 
 @dataclass(frozen=True, slots=True)
-class Parallel:
-    """Graphs compute with this process's part of the weight, and sum over processes where it is due."""
+class Parallel(Linear):
+    """Graphs compute with this process's part of the weight, and sum over processes where it is due.
+
+    The weight, a ``DTensor``, has the sizes of the whole; every process merges its part.
+    """
 
     @property
     def name(self) -> str:
@@ -223,26 +226,7 @@ class Parallel:
         found = _cut(cast("nn.Linear", module)) if reason is None else reason
         return found if isinstance(found, str) else None
 
-    def features(self, module: nn.Module) -> tuple[int, int]:
-        """Those of the whole."""
-        out_features, in_features = self.weight(module).shape
-        return in_features, out_features
-
     def product(self, module: nn.Module) -> BaseProduct:
         """A call of a function."""
         del module
         return CutLinear()
-
-    def weight(self, module: nn.Module) -> Tensor:
-        """A ``DTensor``."""
-        return cast("Tensor", module.weight)
-
-    def place(self, module: nn.Module) -> tuple[torch.dtype, torch.device]:
-        """The weight's."""
-        weight = self.weight(module)
-        return weight.dtype, weight.device
-
-    def merge_refusal(self, module: nn.Module) -> str | None:
-        """None: every process adds its part."""
-        del module
-        return None

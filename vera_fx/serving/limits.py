@@ -1,6 +1,14 @@
 """What a client may ask for, and how much of it."""
 
+import os
 from dataclasses import dataclass
+
+import vera_fx
+
+KEY = "VERA_FX_SERVER_KEY"
+"""The environment variable with the key that uploads and deletes must bring."""
+
+_SHORTEST = 16
 
 
 @dataclass(frozen=True)
@@ -40,3 +48,17 @@ class Limits:
     rate: float = 100.0
     burst: int = 200
     changes: float = 2.0
+
+
+def key_for_changes() -> str | None:
+    """The key that uploads and deletes must bring; None if there is none, and so no changes.
+
+    Raises:
+        ConfigError: it could be guessed.
+    """
+    key = os.environ.get(KEY)
+    if key is not None and len(key) < _SHORTEST:
+        raise vera_fx.ConfigError(
+            f"the key in {KEY} has fewer than {_SHORTEST} characters; give a longer"
+        )
+    return key
