@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import vera_fx
 from tests.helpers import fill_vectors
 from vera_fx.cli.app import app
+from vera_fx.serving.classify import classifier
 
 TEXT = "a fine film"
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *TEXT.split()]
@@ -86,6 +87,20 @@ def test_both_adapters_answer_by_name(folders: Path) -> None:
     plain = eager(folders, None)
     for other in (list(found["one"].values()), plain):
         assert list(found["two"].values()) != pytest.approx(other, abs=1e-4)
+
+
+def test_texts_of_one_batch_have_adapters_of_their_own(folders: Path) -> None:
+    model = BertForSequenceClassification.from_pretrained(folders / "model").eval()
+    vera_fx.load_adapter(model, folders / "store" / "one", adapter_name="kind of all")
+    vera_fx.AdapterStore(model, folders / "store")
+    classify = classifier(model, AutoTokenizer.from_pretrained(folders / "model"))
+
+    names = ["two", "one", "two"]
+    found = classify([TEXT] * 3, names)
+
+    for name, scores in zip(names, found, strict=True):
+        assert scores == pytest.approx(eager(folders, name), abs=1e-5)
+    assert found[0] != pytest.approx(found[1], abs=1e-4)
 
 
 def test_missing_folders_and_a_short_key_are_a_line(
