@@ -245,3 +245,29 @@ def test_it_ends_with_its_block(tmp_path: Path) -> None:
     vera_fx.adapt(model, VeraConfig(r=4, target_modules=["q_proj"]))
     model(input_ids=tokens())
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_objects_that_answer_every_name_are_not_asked(tmp_path: Path, exports: Exports) -> None:
+    class Proxy:
+        factor = 3.0
+
+        def __getattr__(self, name: str) -> Any:
+            raise RuntimeError(f"asked for {name}")
+
+    class Proxied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin, self.proxy = nn.Linear(6, 3), Proxy()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.lin(x) * self.proxy.factor
+
+    with vera_fx.capture_cache(tmp_path):
+        found = []
+        for _ in range(2):
+            torch.manual_seed(0)
+            model = Proxied()
+            vera_fx.adapt(model, VeraConfig(r=4, target_modules=["lin"]))
+            found.append(model(torch.ones(2, 6)))
+    assert exports() == 1
+    assert torch.equal(*found)

@@ -159,7 +159,8 @@ class Contents:
         cls = type(value)
         yield self._class(cls)
         library = is_library(cls.__module__)
-        if hasattr(value, "tobytes") and library:  # NumPy's arrays, whose text is cut short
+        # Users' objects are never asked: they may answer every name, or fail.
+        if library and hasattr(value, "tobytes"):  # NumPy's arrays, whose text is cut short
             yield f"{value.dtype} {getattr(value, 'shape', None)}"
             yield hashlib.sha256(value.tobytes()).hexdigest()
             return
