@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from vera_fx.errors import ConfigError
+from vera_fx.recipes.base_models import check_folder
 
 
 def model_class(folder: Path) -> tuple[Any, Any]:
@@ -16,12 +17,7 @@ def model_class(folder: Path) -> tuple[Any, Any]:
     """
     import transformers
 
-    if not (folder / "config.json").is_file():
-        raise ConfigError(
-            f"{str(folder)!r} is no model folder: there is no config.json in it; give the folder that "
-            "model.save_pretrained wrote"
-        )
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = transformers.AutoConfig.from_pretrained(check_folder(folder), local_files_only=True)
     names = getattr(config, "architectures", None) or ["AutoModel"]
     found = getattr(transformers, names[0], None)
     if found is None:

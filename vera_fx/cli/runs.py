@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vera_fx.cli.folders import check_new
+from vera_fx.disk.files import moved_into
 from vera_fx.errors import ConfigError
 from vera_fx.recipes.recipe import Recipe
 
@@ -61,16 +62,11 @@ def write(answers: Iterator[dict[str, Any]], out: Path | None) -> int | None:
             sys.stdout.flush()
         return None
     check_new(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial, count = out.with_name(f".{out.name}.partial"), 0
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            for answer in answers:
-                file.write(f"{json.dumps(answer, ensure_ascii=False)}\n")
-                count += 1
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
+    count = 0
+    with moved_into(out.parent) as aside, (aside / out.name).open("w", encoding="utf-8") as file:
+        for answer in answers:
+            file.write(f"{json.dumps(answer, ensure_ascii=False)}\n")
+            count += 1
     return count
 
 
