@@ -20,6 +20,7 @@ from vera_fx.passes.engine.graph import (
     written_between,
     written_inputs,
 )
+from vera_fx.passes.engine.outlining import outline_whole
 from vera_fx.passes.engine.protocol import (
     GraphPass,
     Numerics,
@@ -128,6 +129,7 @@ __all__ = [
     "graph_text",
     "input_of",
     "is_outlined",
+    "outline_whole",
     "module_paths",
     "past_cast",
     "recomputed",

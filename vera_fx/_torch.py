@@ -64,6 +64,14 @@ def skip_frame(fn: Callable[P, R]) -> Callable[P, R]:
     return fn
 
 
+def break_trace() -> None:
+    """Where torch.compile traces a caller, end its graph here; nothing where none traces.
+
+    It would follow the call into a frame that it passes over when it comes upon it by itself.
+    """
+    torch._dynamo.graph_break()
+
+
 @skip_frame
 def stop_compiling() -> Any:
     """Let Python run what this thread calls from now on; gives what compiled it until now."""

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch._inductor.config
@@ -51,6 +51,18 @@ class LiveGraph(Unmarked, GraphModule):
         """Print the graph's code."""
         self.printed = True
         return super().recompile()
+
+
+def copy_of(bound: GraphModule) -> GraphModule:
+    """A second graph over the same live model; not to run before a pipeline or `recompile`."""
+    copy = LiveGraph(nn.Module(), Graph())
+    copy.__dict__.update({k: v for k, v in bound.__dict__.items() if k != "_graph"})
+    graph = Graph()
+    output = graph.graph_copy(bound.graph, {}, return_output_node=True)
+    value, old = cast("tuple[Any, Any]", output)
+    graph.output(value).meta.update(old.meta)
+    copy.take(graph)
+    return copy
 
 
 _ADDRESS = "_dynamo_static_input_type"

@@ -1,6 +1,7 @@
 """Parts of a graph as functions of their own: how passes outline what a module's call does."""
 
-from collections.abc import Callable, Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from operator import getitem
 from typing import Any, cast
@@ -146,11 +147,37 @@ class Outliner:
         return self._bodies[key]
 
 
+def outline_whole(gm: GraphModule, bodies: MutableMapping[str, GraphModule]) -> bool:
+    """Let a graph do nothing but call one body, which all graphs that compute the same share.
+
+    Args:
+        gm: the graph.
+        bodies: the bodies that there are, by what they compute.
+
+    Returns:
+        False, with nothing changed, if the graph reads more than tensors: modules are other code for
+        every graph.
+    """
+    run = Run("", tuple(body_nodes(gm.graph)))
+    read = [node for node in inputs_of(run.nodes) if node.op == "get_attr"]
+    if not (run.nodes and all(isinstance(node.meta.get("val"), Tensor) for node in read)):
+        return False
+    key = fingerprint(run.nodes)
+
+    def hold(body: GraphModule, _: int) -> Any:
+        return bodies.setdefault(key, body).forward
+
+    Outliner(gm, "body", hold, operator.call).outline(run, Tag("outline_whole"))
+    return True
+
+
 def _copied(nodes: Sequence[Node], inputs: Sequence[Node], results: Sequence[Node]) -> Graph:
     graph = Graph()
     copies: dict[Node, Node] = {}
     for node in inputs:
-        copies[node] = graph.placeholder(node.name)
+        # By what is read, which compilers know it by.
+        name = str(node.target).replace(".", "_") if node.op == "get_attr" else node.name
+        copies[node] = graph.placeholder(name)
         copies[node].meta.update(node.meta)
     _read_sizes(graph, inputs, copies)
     for node in nodes:

@@ -26,7 +26,14 @@ _VARIABLES = ("TORCH", "PYTORCH", "TRANSFORMERS", "HF_", "VERA_FX")
 _PROGRESS = {"VERA_FX_PROGRESS"}
 
 
-def key_of(model: nn.Module, forward: Any, call: Call, opening: Opening, settings: Any) -> str:
+def key_of(
+    model: nn.Module,
+    forward: Any,
+    call: Call,
+    opening: Opening,
+    settings: Any,
+    values: dict[tuple[str, str], Any] | None = None,
+) -> str:
     """The key under which a capture of a call is kept.
 
     Args:
@@ -35,6 +42,8 @@ def key_of(model: nn.Module, forward: Any, call: Call, opening: Opening, setting
         call: the call; sizes above 1 do not count, as with signatures.
         opening: which sizes to leave open.
         settings: what of torch's settings a graph may have baked in.
+        values: where to put attributes of modules that are plain values, by path and name, in the place
+            of counting them; None to count all.
 
     Raises:
         Unreadable: some of what the model's code reads cannot be hashed.
@@ -50,7 +59,7 @@ def key_of(model: nn.Module, forward: Any, call: Call, opening: Opening, setting
         repr(opening),
         *_of_call(call, settings),
         *_of_model(modules, contents),
-        *_of_reads(reads, modules, contents),
+        *_of_reads(reads, modules, contents, values),
     ]
     found = hashlib.sha256()
     for part in (FORMAT, _process(), *_versions(contents.libraries), *parts):
@@ -82,18 +91,41 @@ def _of_model(modules: dict[str, nn.Module], contents: Contents) -> Iterable[str
             yield f"{path}.{name}: {first} {look} {kind} {tensor.requires_grad}"
 
 
-def _of_reads(reads: Reads, modules: dict[str, nn.Module], contents: Contents) -> Iterable[str]:
+def _of_reads(
+    reads: Reads,
+    modules: dict[str, nn.Module],
+    contents: Contents,
+    values: dict[tuple[str, str], Any] | None,
+) -> Iterable[str]:
     """All that the model's Python may read; objects without a name of their own in no order."""
+    plain = {} if values is None else {id(m.__dict__): path for path, m in modules.items()}
     titles = {id(module.__dict__): f"attributes of {path!r}" for path, module in modules.items()}
     titles |= {id(m._modules): f"modules of {path!r}" for path, m in modules.items()}
     held = {id(d) for m in modules.values() for d in (m._parameters, m._buffers)}
     yield from sorted(
-        _of_reader(reader, titles, contents)
+        _of_reader(_without(reader, plain, values), titles, contents)
         for reader in reads.readers
         if id(reader.where) not in held
     )
     yield from sorted(map(contents.of, [*reads.lists, *reads.cells]))
     yield from sorted(contents.of(value) for value, _ in reads.slotted)
+
+
+def _without(
+    reader: Reader, plain: dict[int, str], values: dict[tuple[str, str], Any] | None
+) -> Reader:
+    """A reader of a module's attributes without those that are plain values, which go to ``values``."""
+    path = plain.get(id(reader.where))
+    if path is None or values is None:
+        return reader
+    known = reader.where.keys() - reader.ignored
+    found = {name: reader.where[name] for name in known if _is_plain(reader.where[name])}
+    values.update({(path, name): value for name, value in found.items()})
+    return Reader(reader.where, reader.names, reader.ignored | found.keys())
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or type(value) in {bool, int, float, str}
 
 
 def _of_reader(reader: Reader, titles: dict[int, str], contents: Contents) -> str:

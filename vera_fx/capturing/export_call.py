@@ -34,7 +34,7 @@ CONSTANT = "_constant_"
 """What the attributes of a graph that are its own are called first."""
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Capture:
     """One signature as a graph.
 

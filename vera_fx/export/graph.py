@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from vera_fx._torch_graphs import copy_of
 from vera_fx.bank.adaptation_plan import adaptation_plan
 from vera_fx.bank.adapter import Adapter
 from vera_fx.bank.bank import AdapterBank, bank_of
@@ -21,7 +22,6 @@ from vera_fx.export.dense import dense_products
 from vera_fx.export.files import constant_name
 from vera_fx.export.module import Read
 from vera_fx.folding.mergeable import folded_weights
-from vera_fx.graphs.variants import copy_of
 from vera_fx.mixing.rows_of_call import row_count, rows_among
 from vera_fx.passes import (
     AdaptationPlan,

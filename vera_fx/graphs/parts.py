@@ -19,10 +19,12 @@ from vera_fx._context import (
     remembered,
     traced_by_others,
 )
-from vera_fx._torch import in_backward, skip_frame
+from vera_fx._torch import break_trace, in_backward, skip_frame
 from vera_fx.bank.bank import AdapterBank, adapted_paths, bank_of
 from vera_fx.bank.hooks import Entering
 from vera_fx.base.modules import PART, base_modules, extended_class, is_extended, original_class
+from vera_fx.caching.equal_parts import EqualParts
+from vera_fx.caching.shared_bodies import SharedBodies
 from vera_fx.errors import PartialCaptureWarning, listing
 
 
@@ -34,11 +36,15 @@ class Parts:
         paths: the parts' paths, by the modules' identity.
         reasons: for each path that runs in Python, why it is not captured.
         hooked: those of them that run in Python for as long as hooks are registered.
+        equal: the captures that parts share.
+        bodies: what of their graphs is compiled once.
     """
 
     paths: dict[int, str] = field(default_factory=dict[int, str])
     reasons: dict[str, str] = field(default_factory=dict[str, str])
     hooked: set[str] = field(default_factory=set[str])
+    equal: EqualParts = field(default_factory=EqualParts)
+    bodies: SharedBodies = field(default_factory=SharedBodies)
 
     def forget_hooks(self, path: str) -> None:
         """The hooks that kept ``path`` from being captured are gone."""
@@ -67,6 +73,7 @@ def _reduce(self: Any, _protocol: Any) -> tuple[Any, ...]:
 def _forward_for(base: type[nn.Module]) -> Callable[..., Any]:
     @skip_frame
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        break_trace()
         run = current_run()
         if run is None and in_backward():
             # A checkpoint computes the part once more, and wants the tensors that its graph kept.

@@ -13,7 +13,9 @@ from vera_fx.bank.hooks import EagerHook
 from vera_fx.bank.slots import open_ranks
 from vera_fx.base.modules import ADAPTED, PART, in_bank, is_extended, original_class
 from vera_fx.base.sharding import has_parallel, is_sharded, spread_reason
+from vera_fx.caching.attribute_reads import attribute_reads_noted
 from vera_fx.caching.captures import captured
+from vera_fx.capturing.budget import Opening
 from vera_fx.capturing.export_call import Capture
 from vera_fx.capturing.signature import Call, CallReader
 from vera_fx.capturing.state_watch import StateWatch
@@ -48,8 +50,9 @@ class Runtime:
     def __init__(self, model: nn.Module, entry: str = "", whole: "Runtime | None" = None) -> None:
         """Args: the model; the path of a part; and the runtime of the model, for that of a part."""
         open_ranks(self, "served")
-        self.reader = CallReader(_entry_forward(model, entry)[0])
-        self._forward = _entry_forward(model, entry)[1]
+        self._asked: set[str] = set()
+        bound, self._forward = _entry_forward(model, entry, self._asked)
+        self.reader = CallReader(bound)
         self._entry, self.parts = entry, whole.parts if whole else Parts()
         self.watch = whole.watch if whole else StateWatch(_modules_of(model), EagerHook)
         self.reduced = whole.reduced if whole else Reduced()
@@ -168,7 +171,7 @@ class Runtime:
 
     def _captured(self, model: nn.Module, call: Call, mix: Mix | None) -> tuple[Ready, int | None]:
         opening = self.kept.opening(call.structure())
-        capture = captured(model, (self._forward, self.reader), call, opening, surroundings())
+        capture = self._capture(model, call, opening)
         if not capture.guards.admit(call.leaves):
             raise PassError(
                 f"the graph captured from this call of {type(model).__name__} does not admit the "
@@ -179,6 +182,12 @@ class Runtime:
         self.kept.add(signature, capture)
         advise(type(model).__name__, self.kept.made, signature[0], before[0] if before else None)
         return ready
+
+    def _capture(self, model: nn.Module, call: Call, opening: Opening) -> Capture:
+        if not self._entry:
+            return captured(model, (self._forward, self.reader), call, opening, surroundings())
+        entry = (self._entry, self._forward, self.reader, self._asked)
+        return self.parts.equal.captured(model, entry, call, opening, surroundings())
 
     def _signature(self, call: Call) -> tuple[Any, ...]:
         return (call.structure(), self.watch.state(), surroundings())
@@ -222,15 +231,20 @@ def _modules_of(model: nn.Module) -> "Callable[[], list[tuple[str, nn.Module]]]"
     return lambda: [(path, m) for path, m in model.named_modules() if not in_bank(path)]
 
 
-def _entry_forward(model: nn.Module, entry: str) -> tuple[Any, Any]:
-    """The forward of a part of the model: bound, to read its signature; and as one of the model."""
+def _entry_forward(model: nn.Module, entry: str, asked: set[str]) -> tuple[Any, Any]:
+    """The forward of a part of the model: bound, to read its signature; and as one of the model.
+
+    The latter adds the names of attributes that it asks for to ``asked``.
+    """
     if not entry:
         forward = original_class(model).forward
         return forward.__get__(model), forward
 
     def run(shell: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # Not the module itself: its hooks run around the graph, where the part is called.
-        return shell.get_submodule(entry).forward(*args, **kwargs)
+        part = shell.get_submodule(entry)
+        with attribute_reads_noted(part, asked):
+            return part.forward(*args, **kwargs)
 
     return model.get_submodule(entry).forward, run
 

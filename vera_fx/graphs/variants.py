@@ -1,14 +1,13 @@
 """Adapted graphs: a captured graph after the passes, for one structure of the bank and its plans."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
-from torch.fx import Graph, GraphModule
+from torch.fx import GraphModule
 
 from vera_fx._torch import skip_frame
-from vera_fx._torch_graphs import LiveGraph
+from vera_fx._torch_graphs import copy_of
 from vera_fx.bank.slots import served_path
 from vera_fx.branches.kinds import kinds_in
 from vera_fx.capturing.export_call import Capture
@@ -99,15 +98,3 @@ def adapt_graph(plan: AdaptationPlan, capture: Capture, choice: Choice) -> Varia
     passes = adaptation(plan, choice.assignment, capture.checkpointed)
     report = run_pipeline(graph, passes, "adapt")
     return Variant(graph, report, choice, kinds_in(plan))
-
-
-def copy_of(bound: GraphModule) -> GraphModule:
-    """A second graph over the same live model; not to run before a pipeline or `recompile`."""
-    copy = LiveGraph(nn.Module(), Graph())
-    copy.__dict__.update({k: v for k, v in bound.__dict__.items() if k != "_graph"})
-    graph = Graph()
-    output = graph.graph_copy(bound.graph, {}, return_output_node=True)
-    value, old = cast("tuple[Any, Any]", output)
-    graph.output(value).meta.update(old.meta)
-    copy.take(graph)
-    return copy

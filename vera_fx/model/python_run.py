@@ -6,13 +6,13 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from vera_fx._context import current_run, remember, set_run
 from vera_fx._torch import compiled_by, skip_frame, start_compiling, stop_compiling
 from vera_fx.bank.bank import bank_of
 from vera_fx.base.modules import ADAPTED, is_extended
-from vera_fx.graphs.around import finish, prepare, run
+from vera_fx.graphs.around import Prepared, finish, prepare, run
 from vera_fx.graphs.runtime import runtime_of
 from vera_fx.graphs.weight_watch import WeightWatch, unwatched
 
@@ -27,23 +27,32 @@ class PythonRun:
 
     def __init__(self, model: nn.Module, compiler: Any) -> None:
         self._model, self._compiler = model, compiler
-        self._paths = runtime_of(model).parts.paths
+        self._parts = runtime_of(model).parts
 
+    @skip_frame
     def call(
         self, part: nn.Module, base: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run the part's graph, or its forward if it cannot be captured either."""
-        path = self._paths.get(id(part))
+        path = self._parts.paths.get(id(part))
         if path is None:  # of another model
             return base.forward(part, *args, **kwargs)
         remember(part, run=functools.partial(_again, weakref.ref(self._model)))
-        with unwatched():
-            prepared = prepare(self._model, args, dict(kwargs), path)
-            if prepared is not None:
-                with compiled_by(self._compiler):
-                    outputs = run(prepared)
-                return finish(prepared, outputs)
+        own = stop_compiling()  # of a part that is compiled by itself, in a model that is not
+        try:
+            with unwatched():
+                prepared = prepare(self._model, args, dict(kwargs), path)
+                if prepared is not None:
+                    return finish(prepared, self._run(prepared, own or self._compiler))
+        finally:
+            start_compiling(own)
         return base.forward(part, *args, **kwargs)
+
+    def _run(self, prepared: Prepared, compiler: Any) -> list[Tensor]:
+        if compiler:
+            prepared.graph = self._parts.bodies.call_of(prepared.graph)
+        with compiled_by(compiler):
+            return run(prepared)
 
 
 def _again(model: "weakref.ref[nn.Module]") -> PythonRun | None:

@@ -1,0 +1,48 @@
+"""Parts of one model whose graphs compute the same run one function, so that it is compiled once."""
+
+import weakref
+from dataclasses import dataclass, field
+
+from torch.fx import GraphModule
+
+from vera_fx._torch import skip_frame
+from vera_fx._torch_graphs import copy_of
+from vera_fx.passes import is_outlined, outline_whole
+
+
+@dataclass(slots=True)
+class SharedBodies:
+    """The functions that the compiled graphs of a model's parts are calls of.
+
+    A compiler keeps what it made by the code that it compiled, and every graph has code of its own. So
+    equal graphs become calls of one function, which takes all that they read as arguments.
+    """
+
+    _bodies: "weakref.WeakValueDictionary[str, GraphModule]" = field(
+        default_factory=lambda: weakref.WeakValueDictionary[str, GraphModule]()
+    )
+    _calls: "weakref.WeakKeyDictionary[GraphModule, GraphModule]" = field(
+        default_factory=lambda: weakref.WeakKeyDictionary[GraphModule, GraphModule]()
+    )
+
+    def call_of(self, graph: GraphModule) -> GraphModule:
+        """A graph that does nothing but call the function of all that compute the same as ``graph``.
+
+        The graph itself, if it calls functions of its own, or modules: other modules are other code.
+        """
+        if graph not in self._calls:
+            made = self._made(graph)
+            if made is None:
+                return graph
+            self._calls[graph] = made
+        return self._calls[graph]
+
+    def _made(self, graph: GraphModule) -> GraphModule | None:
+        if is_outlined(graph.graph):
+            return None
+        calling = copy_of(graph)
+        if not outline_whole(calling, self._bodies):
+            return None
+        calling.recompile()
+        skip_frame(type(calling).forward)
+        return calling
