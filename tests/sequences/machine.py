@@ -270,16 +270,21 @@ class Machine(RuleBasedStateMachine):
     def attribute(self, scale: float) -> None:
         self.model.scale = self.world.scale = scale
 
-    @precondition(lambda self: not self.blocks)
     @rule(how=st.sampled_from(["deepcopy", "pickle"]))
     def copied(self, how: str) -> None:
+        """Go on with a copy, which is on even inside of blocks: these are the original's."""
+        original = self.model
         if how == "deepcopy":
-            self.model = copy.deepcopy(self.model)
+            self.model = copy.deepcopy(original)
         else:
             file = io.BytesIO()
-            torch.save(self.model, file)
+            torch.save(original, file)
             file.seek(0)
             self.model = torch.load(file, weights_only=False)
+        while self.blocks:
+            assert vera_fx.active_adapters(original) == []
+            self.blocks.pop().__exit__(None, None, None)
+            self.world.enable()
         self.compile()
 
     @rule()

@@ -42,6 +42,7 @@ class AdapterBank(Unmarked):
         folded: the adapters that are merged, in order, and what takes them out of the base again.
         disabled: how many ``disable_adapters`` blocks are open, in all threads.
         resting: inside them, the adapters with parameters that required gradients, and these.
+        owed: True in a copy made inside them, until its model has the merged adapters in its weights again.
         thawed: paths of the base parameters that trained before the model was adapted.
         unpacked: paths of the base's modules that are kept from packing their weights.
     """
@@ -58,6 +59,7 @@ class AdapterBank(Unmarked):
         self.folded: dict[str, Folded] = {}
         self.disabled = 0
         self.resting: list[tuple[Adapter, list[str]]] = []
+        self.owed = False
         self.thawed: tuple[str, ...] = ()
         self.unpacked: tuple[str, ...] = ()
         self.register_load_state_dict_post_hook(_rebind)
@@ -192,9 +194,12 @@ class AdapterBank(Unmarked):
         return {n: value for n, value in self.__dict__.items() if not _DERIVED.fullmatch(n)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({"together": (), "unpacked": ()} | state)
+        super().__setstate__({"together": (), "unpacked": (), "owed": False} | state)
         if "structure" not in state:
             _take_over(self, state)
+        if self.disabled:  # the blocks are the original's: nobody would end them for a copy
+            self.disabled, self.owed = 0, True
+            wake(self)
 
 
 def rest(bank: AdapterBank) -> None:

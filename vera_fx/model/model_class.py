@@ -10,6 +10,7 @@ from vera_fx._torch import skip_frame
 from vera_fx.bank.bank import bank_of, check_loading
 from vera_fx.base.modules import ADAPTED, extended_class, is_extended, original_class
 from vera_fx.errors import AdapterError
+from vera_fx.folding.merging import resume
 from vera_fx.graphs.around import finish, prepare, run, transformed
 from vera_fx.model.containers import container_methods
 from vera_fx.model.entries import make_entries
@@ -58,6 +59,10 @@ def _reduce(self: Any, _protocol: Any) -> tuple[Any, ...]:
 def _restore(self: Any, state: dict[str, Any]) -> None:
     original_class(self).__setstate__(self, state)
     make_entries(self)
+    bank = bank_of(self)
+    if bank.owed:  # of a copy made inside disable_adapters, which took them out of the original
+        resume(self, bank)
+        bank.owed = False
 
 
 def _plain(cls: type[nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
