@@ -4,7 +4,6 @@ import tempfile
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 from safetensors.torch import load_file

@@ -8,6 +8,7 @@ from torch import nn
 from vera_fx._context import class_made_of, traced_by_others
 from vera_fx._torch import skip_frame
 from vera_fx.bank.bank import bank_of, check_loading
+from vera_fx.bank.numbering import renumber
 from vera_fx.base.modules import ADAPTED, extended_class, is_extended, original_class
 from vera_fx.errors import AdapterError
 from vera_fx.folding.merging import resume
@@ -40,6 +41,7 @@ def _checked(load: Any) -> Any:
     def _load_from_state_dict(self: Any, state_dict: Any, prefix: str, *rest: Any) -> None:
         # Here, and not in the bank: before the base's first tensor is written to.
         check_loading(bank_of(self), state_dict, prefix)
+        renumber(bank_of(self), state_dict, prefix)
         load(self, state_dict, prefix, *rest)
 
     return _load_from_state_dict
