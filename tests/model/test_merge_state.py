@@ -242,18 +242,6 @@ def test_nothing_requires_gradients_inside_disable() -> None:
     assert training == {"other"}
 
 
-def test_who_trains_is_chosen_anew_inside_disable() -> None:
-    """The active adapter, which trained before, does not wake with the one that was chosen."""
-    model = net()
-    vera_fx.add_adapter(model, "other", vera_fx.VeraConfig(r=2, target_modules=["lin"]))
-    with vera_fx.disable_adapters(model):
-        vera_fx.train_adapters(model, ["other"])
-        assert not any(p.requires_grad for p in model.parameters())
-    training = {n.split(".")[2] for n, p in model.named_parameters() if p.requires_grad}
-    assert training == {"other"}
-    assert vera_fx.active_adapters(model) == ["default"]
-
-
 def test_threads_that_disable_leave_the_adapters_on() -> None:
     model = net()
     expected, vectors = model(X), [p for p in model.parameters() if p.requires_grad]

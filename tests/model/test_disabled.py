@@ -1,4 +1,4 @@
-"""Copies made inside disable_adapters: the blocks are the original's, and nobody ends them for a copy."""
+"""What is done inside disable_adapters: copies, for which nobody ends the block, and a choice of who trains."""
 
 import copy
 import io
@@ -96,6 +96,18 @@ def test_a_switch_inside_the_block_goes_along(copied: Callable[[Any], Any]) -> N
     assert_close(copy_of_it(X).detach(), expected, factor=5)
     trained = {name.split(".")[2] for name, flag in flags(copy_of_it) if flag}
     assert trained == {"other"}
+
+
+def test_who_trains_is_chosen_anew_inside_disable() -> None:
+    """The active adapter, which trained before, does not wake with the one that was chosen."""
+    model = net()
+    vera_fx.add_adapter(model, "other", vera_fx.VeraConfig(r=2, target_modules=["lin"]))
+    with vera_fx.disable_adapters(model):
+        vera_fx.train_adapters(model, ["other"])
+        assert not any(p.requires_grad for p in model.parameters())
+    training = {n.split(".")[2] for n, p in model.named_parameters() if p.requires_grad}
+    assert training == {"other"}
+    assert vera_fx.active_adapters(model) == ["default"]
 
 
 def test_a_shallow_copy_shares_the_block() -> None:
