@@ -8,7 +8,6 @@ from torch import nn
 from vera_fx._context import class_made_of, traced_by_others
 from vera_fx._torch import skip_frame
 from vera_fx.bank.bank import bank_of, check_loading
-from vera_fx.bank.numbering import renumber
 from vera_fx.base.modules import ADAPTED, extended_class, is_extended, original_class
 from vera_fx.errors import AdapterError
 from vera_fx.folding.merging import resume
@@ -16,6 +15,7 @@ from vera_fx.graphs.around import finish, prepare, run, transformed
 from vera_fx.model.containers import container_methods
 from vera_fx.model.entries import make_entries
 from vera_fx.model.methods import methods_for
+from vera_fx.model.numbering import renumber
 from vera_fx.model.python_run import run_in_python
 
 
