@@ -42,32 +42,25 @@ class Probe:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.before = self._state()
-        self.values = {name: tensor.detach().clone() for name, tensor in self._tensors().items()}
+        self.before, tensors = self._now()
+        self.values = [tensor.detach().clone() for tensor in tensors]
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        return {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-
-    def _state(self) -> Any:
-        model = self.model
+    def _now(self) -> tuple[Any, list[torch.Tensor]]:
+        """What stands where, and the tensors, by one walk over the modules."""
+        model, modules, tensors = self.model, list[Any](), list[torch.Tensor]()
+        for name, module in model.named_modules():
+            own = {**module._parameters, **module._buffers}
+            found = {n: t for n, t in own.items() if t is not None}
+            marks = [(n, id(t), t._version, t.requires_grad) for n, t in found.items()]
+            modules.append((name, id(module), len(module._forward_hooks), module.training, marks))
+            tensors += found.values()
         bank = model._modules.get("vera")
-        return (
-            type(model),
-            model.training,
-            [
-                (name, id(module), len(module._forward_hooks))
-                for name, module in model.named_modules()
-            ],
-            [(name, id(t), t._version, t.requires_grad) for name, t in self._tensors().items()],
-            sorted(model.__dict__),
-            None if bank is None else (bank.active, bank.merged, list(bank.adapters), bank.enabled),
-        )
+        state = (bank.active, bank.merged, list(bank.adapters), bank.enabled) if bank else None
+        return (type(model), modules, sorted(model.__dict__), state), tensors
 
     def is_unchanged(self) -> bool:
-        now = self._tensors()
-        return self._state() == self.before and all(
-            torch.equal(now[name], value) for name, value in self.values.items()
-        )
+        state, now = self._now()
+        return state == self.before and all(map(torch.equal, now, self.values))
 
 
 @dataclass

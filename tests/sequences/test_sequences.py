@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 from hypothesis import settings
 
 from tests.sequences.machine import Machine
@@ -10,4 +11,6 @@ DEEP = os.environ.get("VERA_FX_HYPOTHESIS") == "deep"
 Machine.TestCase.settings = settings(
     max_examples=2_000 if DEEP else 14, stateful_step_count=60 if DEEP else 40, derandomize=not DEEP
 )
-TestSequences = Machine.TestCase
+TestSequences = pytest.mark.filterwarnings("ignore:.*graphs of .* have been captured")(
+    Machine.TestCase
+)

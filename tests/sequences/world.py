@@ -11,8 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tests.sequences.packed import Packed
+
 BASE = "__base__"
 WIDTHS = {"lin0": (5, 7), "lin1": (7, 5), "head": (5, 3)}
+PACKED = ("lin0", "lin1")
+"""Layers that a quantised model has packed."""
 
 
 class Net(nn.Module):
@@ -53,7 +57,21 @@ class Mixed(Abstract, Net):
         return Net.forward(self, x)
 
 
-KINDS: dict[str, type[Net]] = {"plain": Net, "reused": Reused, "mixed in": Mixed}
+class Quantised(Net):
+    """Two of its layers have a weight that only their own code reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in PACKED:
+            setattr(self, name, Packed(*WIDTHS[name]))
+
+
+KINDS: dict[str, type[Net]] = {
+    "plain": Net,
+    "reused": Reused,
+    "mixed in": Mixed,
+    "quantised": Quantised,
+}
 
 
 @dataclass
@@ -186,6 +204,14 @@ class World:
             self.adapters[name].head is not None for name in self.active if name not in names
         )
         return reads and any("head" in self.adapters[name].vectors for name in names)
+
+    def packed(self, paths: Iterable[str]) -> bool:
+        """Whether the weight of one of these layers is read by its own code alone."""
+        return self.kind == "quantised" and not {*PACKED}.isdisjoint(paths)
+
+    def coarse(self, names: Iterable[str]) -> bool:
+        """Whether to merge one of them rounds, so that it has to be asked for."""
+        return any(self.packed(self.adapters[name].vectors) for name in names)
 
     def merge(self, names: Iterable[str]) -> None:
         for name in names:

@@ -41,7 +41,9 @@ class AdapterBank(Unmarked):
         together: the adapters that train in the place of the active ones, each on its own rows.
         folded: the adapters that are merged, in order, and what takes them out of the base again.
         disabled: how many ``disable_adapters`` blocks are open, in all threads.
-        resting: inside them, the adapters with parameters that required gradients, and these.
+        resting: inside them, the adapters with parameters that required gradients, these, and whether
+            the adapter was learning.
+        owed: True in a copy made inside them, until its model has the merged adapters in its weights again.
         thawed: paths of the base parameters that trained before the model was adapted.
         unpacked: paths of the base's modules that are kept from packing their weights.
     """
@@ -57,7 +59,8 @@ class AdapterBank(Unmarked):
         self.together: tuple[str, ...] = ()
         self.folded: dict[str, Folded] = {}
         self.disabled = 0
-        self.resting: list[tuple[Adapter, list[str]]] = []
+        self.resting: list[tuple[Adapter, list[str], bool]] = []
+        self.owed = False
         self.thawed: tuple[str, ...] = ()
         self.unpacked: tuple[str, ...] = ()
         self.register_load_state_dict_post_hook(_rebind)
@@ -192,9 +195,12 @@ class AdapterBank(Unmarked):
         return {n: value for n, value in self.__dict__.items() if not _DERIVED.fullmatch(n)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({"together": (), "unpacked": ()} | state)
+        super().__setstate__({"together": (), "unpacked": (), "owed": False} | state)
         if "structure" not in state:
             _take_over(self, state)
+        if self.disabled:  # the blocks are the original's: nobody would end them for a copy
+            self.disabled, self.owed = 0, True
+            wake(self)
 
 
 def rest(bank: AdapterBank) -> None:
@@ -203,7 +209,7 @@ def rest(bank: AdapterBank) -> None:
         adapter = bank.adapter(name)
         if adapter.learning or name in bank.active:
             named = [(n, p) for n, p in adapter.named_parameters() if p.requires_grad]
-            bank.resting.append((adapter, [n for n, _ in named]))
+            bank.resting.append((adapter, [n for n, _ in named], adapter.learning))
             for _, parameter in named:
                 parameter.requires_grad = False
 
@@ -213,9 +219,10 @@ def wake(bank: AdapterBank) -> None:
     resting, bank.resting = bank.resting, []
     for name in bank.adapters:
         adapter = bank.adapter(name)
-        before = [names for other, names in resting if other is adapter]
-        if before and (adapter.learning or name in bank.active):
-            for parameter in before[0]:
+        before = [(names, learnt) for other, names, learnt in resting if other is adapter]
+        # One that never learns may have parameters that somebody thawed by hand.
+        if before and (adapter.learning or (name in bank.active and not before[0][1])):
+            for parameter in before[0][0]:
                 adapter.get_parameter(parameter).requires_grad = True
         elif adapter.learning:
             adapter.let_train(allowed=True)

@@ -155,7 +155,10 @@ def export_call(
 def cleaned(model: nn.Module, call: Call, exported: Exported) -> Capture:
     """The capture of an exported call, after the passes that every capture goes through."""
     graph = exported.graph
+    # One that was read from disk has been through them: its code alone is to be printed.
     report = exported.report or run_pipeline(graph, cleanup(), "capture")
+    if not graph.printed:
+        graph.recompile()
     _check_writes(model, graph)
     values = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
     return Capture(

@@ -208,6 +208,9 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     It is so for the whole model, whichever thread calls it, until the last block ends. Vectors and
     copies require no gradients inside. Merged adapters are taken out of the weights for the block and
     merged again after it; inside, adapters may be set, added and deleted, but not merged.
+
+    A deepcopy or a pickle made inside the block is of the model as it is outside of it: adapters are on,
+    as nobody would end the block for a copy.
     """
     model = unwrapped(model)
     bank = require_adapted(model)

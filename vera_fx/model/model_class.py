@@ -10,10 +10,12 @@ from vera_fx._torch import skip_frame
 from vera_fx.bank.bank import bank_of, check_loading
 from vera_fx.base.modules import ADAPTED, extended_class, is_extended, original_class
 from vera_fx.errors import AdapterError
+from vera_fx.folding.merging import resume
 from vera_fx.graphs.around import finish, prepare, run, transformed
 from vera_fx.model.containers import container_methods
 from vera_fx.model.entries import make_entries
 from vera_fx.model.methods import methods_for
+from vera_fx.model.numbering import renumber
 from vera_fx.model.python_run import run_in_python
 
 
@@ -39,6 +41,7 @@ def _checked(load: Any) -> Any:
     def _load_from_state_dict(self: Any, state_dict: Any, prefix: str, *rest: Any) -> None:
         # Here, and not in the bank: before the base's first tensor is written to.
         check_loading(bank_of(self), state_dict, prefix)
+        renumber(bank_of(self), state_dict, prefix)
         load(self, state_dict, prefix, *rest)
 
     return _load_from_state_dict
@@ -58,6 +61,10 @@ def _reduce(self: Any, _protocol: Any) -> tuple[Any, ...]:
 def _restore(self: Any, state: dict[str, Any]) -> None:
     original_class(self).__setstate__(self, state)
     make_entries(self)
+    bank = bank_of(self)
+    if bank.owed:  # of a copy made inside disable_adapters, which took them out of the original
+        resume(self, bank)
+        bank.owed = False
 
 
 def _plain(cls: type[nn.Module], *args: Any, **kwargs: Any) -> nn.Module:

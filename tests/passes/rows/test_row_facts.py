@@ -98,3 +98,37 @@ def test_numbers_before_the_rows_move_them() -> None:
     fact = fact_of_output(graph_of(Turned(), torch.randn(3, 4, 5)))
     assert isinstance(fact, Rows)
     assert fact.dim == 2
+
+
+class Summed(nn.Module):
+    """A product with a summand before it, whose rows may lie otherwise than those of the product."""
+
+    def __init__(self, summand: str) -> None:
+        super().__init__()
+        self.summand = summand
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.summand == "one number a row":
+            return torch.addmm(x[:, 0, :1], x[:, 1], torch.ones(4, 4))
+        if self.summand == "along the columns":
+            return torch.addmm(x[:, 0, 0], x[:, 1], torch.ones(4, 4))
+        values = {"none": torch.ones(4), "same": x, "crossed": x.transpose(0, 1)}
+        return torch.baddbmm(values[self.summand], x, x.transpose(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("summand", "kept"),
+    [
+        ("none", True),
+        ("same", True),
+        ("crossed", False),
+        ("one number a row", True),
+        ("along the columns", False),
+    ],
+)
+def test_a_summand_of_a_product_has_its_rows_where_the_product_has_them(
+    summand: str, kept: bool
+) -> None:
+    fact = fact_of_output(graph_of(Summed(summand), torch.randn(4, 4, 4)))
+    assert isinstance(fact, Rows if kept else Lost)
+    assert not kept or fact.dim == 0

@@ -6,6 +6,7 @@ may hold numbers only.
 
 import json
 import re
+import unicodedata
 from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
@@ -47,8 +48,7 @@ def _check(field: str, value: Any, fields: dict[str, Callable[[Any], None]]) -> 
             )
         fields[field](value)
     elif isinstance(value, list):
-        for entry in value:
-            _check(field, entry, fields)
+        _check_list(field, value, fields)
     elif isinstance(value, dict) and field == "metadata":
         _check_metadata(value)
     elif isinstance(value, dict):
@@ -60,6 +60,20 @@ def _check(field: str, value: Any, fields: dict[str, Callable[[Any], None]]) -> 
             if field in _NAMED:
                 check_name(key)
             _check(key if field not in _NAMED else f"{field}.", entry, fields)
+
+
+def _check_list(field: str, values: list[Any], fields: dict[str, Callable[[Any], None]]) -> None:
+    for entry in values:
+        _check(field, entry, fields)
+    if field == "forward_arg_names":
+        _check_different(values)
+
+
+def _check_different(names: list[Any]) -> None:
+    """Refuse arguments of one name, as Python sees names: torch writes a function that has them."""
+    seen = {"self", *(unicodedata.normalize("NFKC", str(name)) for name in names)}
+    if len(seen) <= len(names):
+        raise ValueError(f"the arguments {shown(names)} are not called differently")
 
 
 def _check_metadata(values: dict[str, Any]) -> None:
