@@ -2,6 +2,7 @@
 
 import typer
 
+from vera_fx.cli.commands.chat import chat
 from vera_fx.cli.commands.convert import convert
 from vera_fx.cli.commands.doctor import doctor
 from vera_fx.cli.commands.evaluate import evaluate
@@ -14,7 +15,7 @@ from vera_fx.cli.commands.train import train
 
 app = typer.Typer(
     name="vera-fx",
-    help="VeRA adapters by a graph pass: train, evaluate, ask, look at, merge, convert, export, serve.",
+    help="VeRA adapters by a graph pass: train, evaluate, ask, talk to, look at, merge, convert, export, serve.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -25,6 +26,7 @@ for _name, _command in {
     "train": train,
     "eval": evaluate,
     "predict": predict,
+    "chat": chat,
     "merge": merge,
     "convert": convert,
     "export": export,

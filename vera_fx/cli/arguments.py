@@ -15,3 +15,4 @@ Columns = Annotated[list[str] | None, typer.Option("--column", help="name=column
 Device = Annotated[
     str, typer.Option(help="auto (the accelerator, if there is one), cpu, cuda:0 ...")
 ]
+Threads = Annotated[int, typer.Option(min=0, help="of torch; 0 for torch's own number")]

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vera_fx.cli.arguments import Device, Model
+from vera_fx.cli.arguments import Device, Model, Threads
 from vera_fx.cli.devices import device_of, use_threads
 from vera_fx.cli.flags import with_limit_flags
 from vera_fx.cli.main import reported
@@ -35,7 +35,7 @@ def serve(
     max_wait: Annotated[
         float, typer.Option(min=0, help="seconds that a text waits for others")
     ] = 0.005,
-    threads: Annotated[int, typer.Option(min=0, help="of torch; 0 for torch's own number")] = 0,
+    threads: Threads = 0,
     device: Device = "auto",
     **limits: Any,
 ) -> None:
