@@ -2,6 +2,7 @@
 
 import typer
 
+from vera_fx.cli.commands.bench import bench
 from vera_fx.cli.commands.chat import chat
 from vera_fx.cli.commands.convert import convert
 from vera_fx.cli.commands.doctor import doctor
@@ -30,6 +31,7 @@ for _name, _command in {
     "merge": merge,
     "convert": convert,
     "export": export,
+    "bench": bench,
     "serve": serve,
 }.items():
     app.command(name=_name)(_command)

@@ -142,7 +142,6 @@ class Conversation:
     def _messages(self, asked: dict[str, str]) -> list[dict[str, str]]:
         return [*self._system, *self._turns, asked]
 
-    @torch.inference_mode()
     def _generate(self, ids: list[int], streamer: Pieces) -> list[int]:
         """The new tokens."""
         model = self._speaker.model
