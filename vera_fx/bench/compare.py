@@ -38,8 +38,8 @@ def inputs_for(model: Any, batch: int, tokens: int) -> dict[str, Tensor]:
 
 def compare(
     model: nn.Module, inputs: dict[str, Tensor], adapters: Adapters, *, compiled: bool, rounds: int
-) -> list[dict[str, Any]]:
-    """Measure all methods: a row each.
+) -> dict[str, list[dict[str, Any]]]:
+    """Measure all methods: a table of training steps and one of calls, with a row for each method.
 
     Args:
         model: the base; its weights are shared by all methods, and frozen.
@@ -58,17 +58,19 @@ def compare(
     train = interleaved({method.name: method.step for method in found}, rounds)
     memory = {method.name: peak(method.step, device) for method in found}
     calls = interleaved({method.name: method.call for method in found}, rounds)
-    return [
+    steps = [
         {
-            "method": method.name,
+            **_row(train, method.name),
+            "MiB": _rounded(memory[method.name]),
+            "first s": round(first[method.name], 2),
             "trainable": sum(p.numel() for p in method.trained),
-            **_row("step", train, method.name),
-            "step MiB": _rounded(memory[method.name]),
-            "first step s": round(first[method.name], 2),
-            **_row("call", calls, method.name),
         }
         for method in found
     ]
+    return {
+        "training step": steps,
+        "call without gradients": [_row(calls, method.name) for method in found],
+    }
 
 
 def _first(method: Method) -> float:
@@ -81,14 +83,15 @@ def _first(method: Method) -> float:
         ) from error
 
 
-def _row(kind: str, times: dict[str, Measurement], name: str) -> dict[str, Any]:
+def _row(times: dict[str, Measurement], name: str) -> dict[str, Any]:
     """Milliseconds, their spread between quartiles, and the ratios."""
     one, peft = times[name], times.get(PEFT)
     return {
-        f"{kind} ms": round(1e3 * one.median, 3),
-        f"{kind} spread": round(1e3 * one.iqr, 3),
-        f"{kind} / base": round(one.median / times[BASE].median, 3),
-        f"{kind} / PEFT": None if peft is None else round(one.median / peft.median, 3),
+        "method": name,
+        "ms": round(1e3 * one.median, 3),
+        "spread": round(1e3 * one.iqr, 3),
+        "/ base": round(one.median / times[BASE].median, 3),
+        "/ PEFT": None if peft is None else round(one.median / peft.median, 3),
     }
 
 

@@ -52,9 +52,9 @@ def bench(
     base = load(model).to(device=where, dtype=getattr(torch, dtype))
     given = inputs_for(base, batch, tokens)
     adapters = Adapters(rank, targets, lora_rank)
-    rows = compare(base, given, adapters, compiled=compiled, rounds=rounds)
+    tables = compare(base, given, adapters, compiled=compiled, rounds=rounds)
     facts = {"model": type(base).__name__, "device": str(where), "dtype": dtype, "rank": rank}
     shape = {name: "x".join(map(str, value.shape)) for name, value in given.items()}
     more = {"inputs": shape, "compiled": compiled, "threads": torch.get_num_threads()}
     there = "compared" if has_peft() else "not installed, so not compared"
-    show({**facts, **more, "rounds": rounds, "PEFT": there, "methods": rows}, as_json=json)
+    show({**facts, **more, "rounds": rounds, "PEFT": there, **tables}, as_json=json)
