@@ -82,7 +82,7 @@ def methods(
         VeraFxError: the targets are not there, or none are known.
     """
     base.requires_grad_(requires_grad=False)
-    ours = vera_fx.adapt(
+    ours: Any = vera_fx.adapt(
         _twin(base), vera_fx.VeraConfig(r=adapters.rank, target_modules=adapters.targets)
     )
     models: dict[str, Any] = {BASE: base, OURS: ours}
