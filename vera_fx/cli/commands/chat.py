@@ -10,7 +10,6 @@ from vera_fx.cli.main import reported
 from vera_fx.config import check_choice
 from vera_fx.errors import ConfigError
 
-
 Adapters = Annotated[
     list[str] | None,
     typer.Argument(
