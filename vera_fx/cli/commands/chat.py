@@ -13,7 +13,7 @@ from vera_fx.errors import ConfigError
 Adapters = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[ADAPTER]...",
+        metavar="ADAPTER",
         help="folders of adapters or runs, or NAME=FOLDER; the first answers",
     ),
 ]
