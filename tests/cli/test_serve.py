@@ -1,22 +1,35 @@
 """``vera-fx serve`` as a process, and what a user may get wrong."""
 
+import dataclasses
+import inspect
 import os
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 import torch
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, BertTokenizer
+from fastapi.testclient import TestClient
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BertTokenizer,
+)
 from typer.testing import CliRunner
 
 import vera_fx
 from tests.helpers import fill_vectors
+from tests.recipes import tiny
 from vera_fx.cli.app import app
+from vera_fx.cli.flags import texts_of
 from vera_fx.serving.classify import classifier
+from vera_fx.serving.limits import Limits
 
 TEXT = "a fine film"
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *TEXT.split()]
@@ -101,6 +114,74 @@ def test_texts_of_one_batch_have_adapters_of_their_own(folders: Path) -> None:
     for name, scores in zip(names, found, strict=True):
         assert scores == pytest.approx(eager(folders, name), abs=1e-5)
     assert found[0] != pytest.approx(found[1], abs=1e-4)
+
+
+@pytest.fixture
+def caught(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What would have been served, and how."""
+    found: dict[str, Any] = {}
+    monkeypatch.setattr("uvicorn.run", lambda app, **options: found.update(options, app=app))
+    return found
+
+
+def test_an_embedder_and_every_flag(caught: dict[str, Any], tmp_path: Path) -> None:
+    vera = vera_fx.VeraConfig(r=6, target_modules=["query", "output.dense"])
+    adapted = vera_fx.adapt(AutoModel.from_pretrained(tiny.bert(tmp_path / "model")), vera)
+    fill_vectors(adapted)
+    vera_fx.save_adapter(adapted, tmp_path / "store" / "one")
+    flags = ("--pooling", "cls", "--length", "9", "--max-batch", "3", "--max-wait", "0.2",
+             "--capacity", "5", "--threads", "1", "--device", "cpu", "--port", "1234", "--rate", "0.01",
+             "--burst", "2", "--head-seconds", "7", "--text", "30")  # fmt: skip
+    result = CliRunner().invoke(
+        app, ["serve", str(tmp_path / "model"), str(tmp_path / "store"), *flags]
+    )
+    assert result.exit_code == 0, result.output
+    assert "serves at http://127.0.0.1:1234: model BertModel" in result.stderr
+    assert (caught["host"], caught["port"]) == ("127.0.0.1", 1234)
+    assert caught["http"].limits.head_seconds == 7
+
+    text = "cut after nine tokens"
+    batch = AutoTokenizer.from_pretrained(tmp_path / "model")(
+        text, return_tensors="pt", truncation=True, max_length=9
+    )
+    with torch.no_grad():
+        state = adapted.eval()(**batch).last_hidden_state[0, 0]
+    with TestClient(caught["app"]) as client:
+        answers = [
+            client.post("/embed", json={"inputs": sent, "adapter": "one"})
+            for sent in (text, "x" * 31, text)
+        ]
+    assert answers[0].json()[0] == pytest.approx((state / state.norm()).tolist(), abs=1e-5)
+    assert [answer.status_code for answer in answers[1:]] == [413, 429]
+
+
+def test_every_limit_has_a_flag_that_says_what_it_is() -> None:
+    names = {entry.name for entry in dataclasses.fields(Limits)}
+    assert texts_of(Limits).keys() == names
+    [command] = [c for c in app.registered_commands if c.name == "serve"]
+    assert names <= inspect.signature(command.callback).parameters.keys()
+    assert texts_of(Limits)["burst"] == "requests that one address may make at once after a rest"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--pooling", "cls"), "pooling is of embedders"),
+        (("--length", "600"), "takes 512 tokens"),
+        (("--capacity", "2", "--max-batch", "3"), "max_batch is 3"),
+        (("--device", "odd"), "device is auto, cpu"),
+        (("--device", "xla:7"), "there is no device 'xla:7' here"),
+    ],
+)
+def test_wrong_flags(
+    folders: Path, caught: dict[str, Any], flags: tuple[str, ...], words: str
+) -> None:
+    given = ["serve", str(folders / "model"), str(folders / "store"), *flags]
+    result = CliRunner().invoke(app, given)
+    assert result.exit_code == 1
+    assert words in result.stderr
+    assert "Traceback" not in result.output
+    assert not caught
 
 
 def test_missing_folders_and_a_short_key_are_a_line(

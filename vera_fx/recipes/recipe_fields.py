@@ -6,6 +6,7 @@ from typing import Any
 
 from vera_fx.recipes import checks
 from vera_fx.recipes.checks import Check, maybe, number, one_of, whole
+from vera_fx.recipes.tasks.pooling import POOLINGS
 
 TASKS = ("classification", "causal-lm", "embeddings", "images")
 PLANS = ("auto", "memory", "factored", "scaled", "merged", "dense")
@@ -41,9 +42,7 @@ SPECS: dict[str, Spec] = {
     "held_out": Spec(float, number(0), "share of data, or number of rows, to evaluate on"),
     "columns": Spec(_words, checks.texts_by_text, "name=column, repeated", ("--column",)),
     "turns": Spec(str, one_of("all", "last"), "of the assistant, to learn: all or last"),
-    "pooling": Spec(
-        str, maybe(one_of("mean", "cls", "last")), "of embeddings; else the model's own, or mean"
-    ),
+    "pooling": Spec(str, maybe(one_of(*POOLINGS)), "of embeddings; else the model's own, or mean"),
     "temperature": Spec(float, _positive, "of the loss of embeddings"),
     "adapter": Spec(str, one_of("vera", "dvora"), "vera or dvora"),
     "rank": Spec(int, whole(1), "of the adapter", ("--rank", "-r")),

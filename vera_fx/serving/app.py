@@ -1,11 +1,11 @@
-"""The HTTP side: classify, upload, delete, health and metrics."""
+"""The HTTP side of a classifier, and what all services have: upload, delete, health and metrics."""
 
 import asyncio
 import contextlib
 import math
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import Any, Generic
 
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
 import vera_fx
-from vera_fx.serving.batcher import Batcher, Classify, OverloadedError
+from vera_fx.serving.batcher import Batcher, Classify, OverloadedError, R
 from vera_fx.serving.gate import Gate
 from vera_fx.serving.limits import Limits
 from vera_fx.serving.uploads import add, parts
@@ -33,12 +33,12 @@ class Answer(BaseModel):
     scores: dict[str, float]
 
 
-class Service:
-    """The handlers, over one store and one batcher."""
+class Service(Generic[R]):
+    """The handlers that every service has, over one store and one batcher."""
 
-    def __init__(self, batcher: Batcher, labels: Sequence[str], limits: Limits) -> None:
+    def __init__(self, batcher: Batcher[R], limits: Limits) -> None:
         self.batcher, self.store = batcher, batcher.store
-        self.labels, self.limits = labels, limits
+        self.limits = limits
         self.statuses: Counter[int] = Counter()
         self.uploading = 0
         self.adding = asyncio.Lock()
@@ -50,22 +50,19 @@ class Service:
         yield
         await self.batcher.stop()
 
-    async def classify(self, question: Question) -> Answer:
-        """Judge a text."""
-        if len(question.text) > self.limits.text:
-            raise HTTPException(413, f"the text has more than {self.limits.text} characters")
-        if question.adapter not in self.store:
-            raise HTTPException(404, "there is no such adapter")
-        scores = await self._scores(question)
-        if not all(map(math.isfinite, scores)):
-            raise HTTPException(422, "the scores of this adapter are no finite numbers")
-        named = dict(zip(self.labels, scores, strict=True))
-        return Answer(label=max(named, key=lambda label: named[label]), scores=named)
+    async def answers(self, texts: Sequence[str], adapter: str) -> list[R]:
+        """What the model says to some texts by an adapter, in their order.
 
-    async def _scores(self, question: Question) -> list[float]:
+        Raises:
+            HTTPException: the texts are too long, the adapter is unknown, or no answer came.
+        """
+        if any(len(text) > self.limits.text for text in texts):
+            raise HTTPException(413, f"the text has more than {self.limits.text} characters")
+        if adapter not in self.store:
+            raise HTTPException(404, "there is no such adapter")
         try:
             async with asyncio.timeout(self.limits.answer_seconds):
-                return await self.batcher.submit(question.text, question.adapter)
+                return await self._submitted(texts, adapter)
         except OverloadedError:
             raise HTTPException(503, "too many requests wait", {"Retry-After": "1"}) from None
         except TimeoutError:
@@ -76,6 +73,15 @@ class Service:
             raise HTTPException(422, "this adapter cannot be used") from None
         except Exception as error:
             raise HTTPException(500, "the model failed on this text") from error
+
+    async def _submitted(self, texts: Sequence[str], adapter: str) -> list[R]:
+        """All or none: once one fails, the others that still wait are taken out of the queue."""
+        tasks = [asyncio.ensure_future(self.batcher.submit(text, adapter)) for text in texts]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
 
     async def upload(self, name: str, request: Request) -> dict[str, str]:
         """Take a new adapter; it serves at once."""
@@ -128,7 +134,22 @@ class Service:
         return Response("\n".join(lines) + "\n", media_type="text/plain")
 
 
-_NO_PAGES: Any = {"docs_url": None, "redoc_url": None, "openapi_url": None}
+class Classifier(Service[list[float]]):
+    """Judges texts."""
+
+    def __init__(
+        self, batcher: Batcher[list[float]], limits: Limits, labels: Sequence[str]
+    ) -> None:
+        super().__init__(batcher, limits)
+        self.labels = labels
+
+    async def classify(self, question: Question) -> Answer:
+        """Judge a text."""
+        [scores] = await self.answers([question.text], question.adapter)
+        if not all(map(math.isfinite, scores)):
+            raise HTTPException(422, "the scores of this adapter are no finite numbers")
+        named = dict(zip(self.labels, scores, strict=True))
+        return Answer(label=max(named, key=lambda label: named[label]), scores=named)
 
 
 def create_app(
@@ -141,7 +162,7 @@ def create_app(
     max_batch: int = 32,
     max_wait: float = 0.005,
 ) -> FastAPI:
-    """An application that serves the adapters of ``store``.
+    """An application that serves the adapters of ``store`` over a classifier.
 
     Args:
         classify: texts and adapters' names -> scores; called in one thread only.
@@ -149,20 +170,55 @@ def create_app(
         labels: names of the scores.
         key: what uploads and deletes must bring; without one there are none.
         limits: what clients may ask for.
-        max_batch: most requests in one call of ``classify``.
-        max_wait: seconds that a request waits for others to share a batch with.
+        max_batch: most texts in one call of ``classify``.
+        max_wait: seconds that a text waits for others to share a batch with.
+
+    Raises:
+        ConfigError: a batch may name more adapters than the store keeps.
+    """
+    limits = limits or Limits()
+    service = Classifier(batcher(classify, store, limits, max_batch, max_wait), limits, labels)
+    return application(service, {"/classify": service.classify}, key)
+
+
+def batcher(
+    answer: Callable[[Sequence[str], Sequence[str]], list[R]],
+    store: vera_fx.AdapterStore,
+    limits: Limits,
+    max_batch: int,
+    max_wait: float,
+) -> Batcher[R]:
+    """A batcher that a store can serve.
+
+    Raises:
+        ConfigError: a batch may name more adapters than the store keeps.
     """
     if max_batch > store.capacity:
         raise vera_fx.ConfigError(
             f"max_batch is {max_batch}, but the store keeps only {store.capacity} adapters; raise its capacity"
         )
-    limits = limits or Limits()
-    batcher = Batcher(classify, store, max_batch, max_wait, limits.waiting)
-    service = Service(batcher, labels, limits)
+    return Batcher(answer, store, max_batch, max_wait, limits.waiting)
+
+
+_NO_PAGES: Any = {"docs_url": None, "redoc_url": None, "openapi_url": None}
+
+
+def application(
+    service: Service[Any], asked: Mapping[str, Callable[..., Any]], key: str | None
+) -> FastAPI:
+    """The application of a service.
+
+    Args:
+        service: the service.
+        asked: paths that are posted to, and what answers them.
+        key: what uploads and deletes must bring; without one there are none.
+    """
     app = FastAPI(title="vera_fx", lifespan=service.lifespan, **_NO_PAGES)
-    app.add_middleware(Gate, limits=limits, key=key, statuses=service.statuses)
+    bounds = {"limits": service.limits, "key": key, "statuses": service.statuses}
+    app.add_middleware(Gate, asked=frozenset(asked), **bounds)
     app.add_exception_handler(RequestValidationError, _malformed)
-    app.post("/classify")(service.classify)
+    for path, handler in asked.items():
+        app.post(path)(handler)
     app.put("/adapters/{name}", status_code=201)(service.upload)
     app.delete("/adapters/{name}", status_code=204)(service.delete)
     app.get("/health")(service.health)

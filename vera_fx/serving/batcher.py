@@ -5,10 +5,16 @@ import concurrent.futures
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 import vera_fx
 
-Classify = Callable[[Sequence[str], Sequence[str]], list[list[float]]]
+R = TypeVar("R")
+
+Answer = Callable[[Sequence[str], Sequence[str]], list[R]]
+"""Texts and adapters' names to what the model says to each."""
+
+Classify = Answer[list[float]]
 
 
 class OverloadedError(Exception):
@@ -16,34 +22,34 @@ class OverloadedError(Exception):
 
 
 @dataclass(slots=True)
-class Waiting:
-    """One request: its text, its adapter, and where its scores will appear."""
+class Waiting(Generic[R]):
+    """One text: its adapter, and where its answer will appear."""
 
     text: str
     adapter: str
-    result: asyncio.Future[list[float]]
+    result: asyncio.Future[R]
 
 
 @dataclass(slots=True)
-class Batcher:
-    """Runs ``classify`` in one thread, for at most ``max_batch`` requests at a time.
+class Batcher(Generic[R]):
+    """Runs ``answer`` in one thread, for at most ``max_batch`` texts at a time.
 
     Attributes:
-        classify: texts and adapters' names -> scores, one list for each.
+        answer: texts and adapters' names -> an answer for each.
         store: the adapters; each is loaded before a batch, so that a bad one fails alone.
-        max_batch: most requests in a batch.
-        max_wait: seconds that the first request of a batch waits for others.
-        max_queue: most requests that may wait.
+        max_batch: most texts in a batch.
+        max_wait: seconds that the first text of a batch waits for others.
+        max_queue: most texts that may wait.
         counts: batches and rows so far.
     """
 
-    classify: Classify
+    answer: Answer[R]
     store: vera_fx.AdapterStore
     max_batch: int = 32
     max_wait: float = 0.005
     max_queue: int = 1024
     counts: Counter[str] = field(default_factory=Counter)
-    _queue: asyncio.Queue[Waiting | None] = field(default_factory=asyncio.Queue)
+    _queue: asyncio.Queue[Waiting[R] | None] = field(default_factory=asyncio.Queue)
     _task: asyncio.Task[None] | None = None
     _thread: concurrent.futures.ThreadPoolExecutor = field(
         default_factory=lambda: concurrent.futures.ThreadPoolExecutor(1, "model")
@@ -63,11 +69,11 @@ class Batcher:
 
     @property
     def waiting(self) -> int:
-        """Requests that wait for a batch."""
+        """Texts that wait for a batch."""
         return self._queue.qsize()
 
-    async def submit(self, text: str, adapter: str) -> list[float]:
-        """The scores of a text by an adapter.
+    async def submit(self, text: str, adapter: str) -> R:
+        """The answer to a text by an adapter.
 
         Raises:
             OverloadedError: the queue is full, or the server is stopping.
@@ -75,7 +81,7 @@ class Batcher:
         """
         if self._task is None or self._queue.qsize() >= self.max_queue:
             raise OverloadedError
-        result = asyncio.get_running_loop().create_future()
+        result: asyncio.Future[R] = asyncio.get_running_loop().create_future()
         await self._queue.put(Waiting(text, adapter, result))
         return await result
 
@@ -91,7 +97,7 @@ class Batcher:
                 for item, answer in zip(batch, answers, strict=True):
                     _settle(item.result, answer)
 
-    async def _gather(self) -> tuple[list[Waiting], bool]:
+    async def _gather(self) -> tuple[list[Waiting[R]], bool]:
         """The next batch, and whether it is the last."""
         first = await self._queue.get()
         if first is None:
@@ -112,7 +118,7 @@ class Batcher:
             batch.append(item)
         return [item for item in batch if not item.result.cancelled()], False
 
-    def _answers(self, batch: list[Waiting]) -> list[list[float] | Exception]:
+    def _answers(self, batch: list[Waiting[R]]) -> list[R | Exception]:
         bad: dict[str, Exception] = {}
         for name in {item.adapter for item in batch}:
             try:
@@ -120,24 +126,24 @@ class Batcher:
             except vera_fx.VeraFxError as error:
                 bad[name] = error
         good = [item for item in batch if item.adapter not in bad]
-        scores = iter(self._scores(good))
-        return [bad.get(item.adapter) or next(scores) for item in batch]
+        answers = iter(self._all(good))
+        return [bad.get(item.adapter) or next(answers) for item in batch]
 
-    def _scores(self, batch: list[Waiting]) -> list[list[float] | Exception]:
+    def _all(self, batch: list[Waiting[R]]) -> list[R | Exception]:
         """All at once; if that fails, one by one, so that a failure stays with its request."""
         if not batch:
             return []
         self.counts.update(batches=1, rows=len(batch))
         try:
-            scores = self.classify([i.text for i in batch], [i.adapter for i in batch])
-            return [row for _, row in zip(batch, scores, strict=True)]
+            answers = self.answer([i.text for i in batch], [i.adapter for i in batch])
+            return [row for _, row in zip(batch, answers, strict=True)]
         except Exception as error:
             if len(batch) == 1:
                 return [error]
-            return [answer for item in batch for answer in self._scores([item])]
+            return [answer for item in batch for answer in self._all([item])]
 
 
-def _settle(result: asyncio.Future[list[float]], answer: list[float] | Exception) -> None:
+def _settle(result: asyncio.Future[R], answer: R | Exception) -> None:
     if result.done():  # the client has gone
         return
     if isinstance(answer, Exception):

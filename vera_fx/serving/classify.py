@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 import vera_fx
-from vera_fx.serving.batcher import Classify
+from vera_fx.serving.batcher import Answer, Classify
 
 
 def classifier(model: Any, tokenizer: Any, *, length: int = 64, mixed: bool = True) -> Classify:
@@ -20,9 +20,7 @@ def classifier(model: Any, tokenizer: Any, *, length: int = 64, mixed: bool = Tr
     """
 
     def classify(texts: Sequence[str], names: Sequence[str]) -> list[list[float]]:
-        batch = tokenizer(
-            list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt"
-        )
+        batch = tokens(model, tokenizer, texts, length)
         rows = {"adapter_names": list(names)} if mixed else {}
         with torch.inference_mode():
             return model(**batch, **rows).logits.softmax(-1).tolist()
@@ -30,9 +28,17 @@ def classifier(model: Any, tokenizer: Any, *, length: int = 64, mixed: bool = Tr
     return classify
 
 
-def warm_up(classify: Classify, store: vera_fx.AdapterStore) -> None:
+def tokens(model: Any, tokenizer: Any, texts: Sequence[str], length: int) -> Any:
+    """Token ids and their mask where the model is, ``(texts, tokens)``."""
+    batch = tokenizer(
+        list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt"
+    )
+    return batch.to(next(model.parameters()).device)
+
+
+def warm_up(answer: Answer[Any], store: vera_fx.AdapterStore) -> None:
     """Capture before the first request; one row is a signature of its own."""
     names = store.names()
     if names:
         for rows in (1, 2):
-            classify(["warm up"] * rows, names[:1] * rows)
+            answer(["warm up"] * rows, names[:1] * rows)

@@ -62,12 +62,14 @@ class Gate:
         limits: what clients may ask for.
         key: who uploads and deletes must know it; without one nobody may.
         statuses: counts of the answers by status.
+        asked: the paths that are posted to and change nothing.
     """
 
     app: ASGIApp
     limits: Limits
     key: str | None
     statuses: Counter[int]
+    asked: frozenset[str] = frozenset({"/classify"})
     _requests: Rate = field(init=False)
     _changes: Rate = field(init=False)
 
@@ -99,7 +101,7 @@ class Gate:
         address, headers = address_of(scope), dict(scope["headers"])
         _refuse_often(self._requests.take(address))
         # Whatever is not known to change nothing needs the key.
-        changes = scope["method"] not in {"GET", "HEAD"} and scope["path"] != "/classify"
+        changes = scope["method"] not in {"GET", "HEAD"} and scope["path"] not in self.asked
         if changes:
             _refuse_often(self._changes.take(address))
             self._check_key(headers.get(b"authorization", b""))

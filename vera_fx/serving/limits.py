@@ -17,12 +17,13 @@ class Limits:
 
     Attributes:
         text: most characters of a text.
+        inputs: most texts of one request to an embedder.
         body: most bytes of a request's body.
         upload: most bytes of an upload's body.
         uploads: most uploads at a time.
         adapters: most adapters in the folder.
         names: most names in one list of an uploaded configuration.
-        waiting: most questions that wait for a batch.
+        waiting: most texts that wait for a batch.
         connections: most open connections.
         per_client: most open connections of one address; behind a proxy that is all of them.
         head_seconds: seconds in which a request's head must arrive, the wait for it included.
@@ -34,6 +35,7 @@ class Limits:
     """
 
     text: int = 4000
+    inputs: int = 64
     body: int = 64 << 10
     upload: int = 8 << 20
     uploads: int = 2

@@ -1,9 +1,7 @@
 """Embeddings: pairs of texts that belong together, told from the other pairs of their batch."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
@@ -15,6 +13,7 @@ from vera_fx.recipes.base_models import Base, load_base, load_tokenizer
 from vera_fx.recipes.data import Rows
 from vera_fx.recipes.recipe import Recipe
 from vera_fx.recipes.tasks.padding import Padding
+from vera_fx.recipes.tasks.pooling import pooled, pooling_of
 from vera_fx.recipes.tasks.protocol import Batch, Row, on_device_of
 
 _CHUNK = 1024
@@ -66,7 +65,7 @@ class Embeddings:
     @classmethod
     def from_facts(cls, recipe: Recipe, facts: Mapping[str, Any]) -> Self:
         """For a run that was begun."""
-        pooling = facts.get("pooling") or recipe.pooling or _pooling(recipe.model)
+        pooling = facts.get("pooling") or recipe.pooling or pooling_of(recipe.model)
         return cls(recipe, Padding(load_tokenizer(recipe.model), recipe.length), pooling)
 
     def facts(self) -> dict[str, Any]:
@@ -89,16 +88,7 @@ class Embeddings:
     def embed(self, model: nn.Module, batch: Batch) -> Tensor:
         """Vectors of length 1, ``(texts, width)``."""
         states = model(**batch).last_hidden_state.float()
-        mask = batch["attention_mask"]
-        if self.pooling == "cls":
-            pooled = states[:, 0]
-        elif self.pooling == "last":
-            last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)
-            pooled = states[torch.arange(len(states), device=mask.device), last]
-        else:
-            weights = mask[..., None].float()
-            pooled = (states * weights).sum(1) / weights.sum(1).clamp(min=1)
-        return F.normalize(pooled, dim=-1)
+        return pooled(states, batch["attention_mask"], self.pooling)
 
     def loss(self, model: nn.Module, batch: Batch, count: Tensor | int | None) -> Tensor:
         """InfoNCE (arXiv 1807.03748) over the batch: a mean over its pairs."""
@@ -146,21 +136,3 @@ class Embeddings:
         """The text."""
         del columns
         return ("text",)
-
-
-def _pooling(folder: Path) -> str:
-    """What the folder's own configuration says, in the form of sentence-transformers; else the mean."""
-    file = folder / "1_Pooling" / "config.json"
-    if not file.is_file():
-        return "mean"
-    try:
-        said = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{file} is no JSON: {error}; give pooling") from error
-    known = {"mean": "mean_tokens", "cls": "cls_token", "last": "lasttoken"}
-    found = [name for name, key in known.items() if said.get(f"pooling_mode_{key}")]
-    if isinstance(said.get("pooling_mode"), str) and said["pooling_mode"] in known:
-        found = [said["pooling_mode"]]
-    if len(found) != 1:
-        raise ConfigError(f"{file} asks for a pooling other than mean, cls or last; give pooling")
-    return found[0]

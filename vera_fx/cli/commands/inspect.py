@@ -1,19 +1,42 @@
-"""What a folder holds, without its weights: a model's targets and memory, an adapter's parts."""
+"""``vera-fx inspect``: what a folder holds, without its weights."""
 
 import math
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from torch import nn
 
 import vera_fx
 from vera_fx.base.modules import base_modules
 from vera_fx.checkpoint.saved import is_saved, open_saved
+from vera_fx.cli.arguments import Json
 from vera_fx.cli.folders import on_paper
+from vera_fx.cli.main import reported
+from vera_fx.cli.output import show
 from vera_fx.errors import TargetError
 from vera_fx.model.on_paper import memory_on_paper
 from vera_fx.products.kinds import known_kind
+
+
+@reported
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="folder of a model or of an adapter")],
+    rank: Annotated[int, typer.Option("-r", "--rank", help="of the adapter on paper")] = 256,
+    targets: Annotated[
+        list[str] | None, typer.Option("-t", "--target", help="repeat for several")
+    ] = None,
+    bits: Annotated[int, typer.Option(help="of the base's weights on paper: 4, 8 or 16")] = 16,
+    json: Json = False,
+) -> None:
+    """What a model has for targets and what it would take, or what an adapter holds; loads no weights."""
+    found = (
+        adapter_report(folder)
+        if is_adapter(folder)
+        else model_report(folder, rank=rank, targets=targets, bits=bits)
+    )
+    show(found, as_json=json)
 
 
 def is_adapter(folder: Path) -> bool:

@@ -1,4 +1,4 @@
-"""What this machine and its installation can do."""
+"""``vera-fx doctor``: what this machine and its installation can do."""
 
 import importlib.metadata
 import os
@@ -7,12 +7,21 @@ from typing import Any
 
 import torch
 
+from vera_fx.cli.arguments import Json
+from vera_fx.cli.main import reported
+from vera_fx.cli.output import show
 from vera_fx.graphs.machine import costs_of, multiplies_well
 
 _LIBRARIES = (
     "vera-fx", "torch", "transformers", "accelerate", "peft", "safetensors", "bitsandbytes", "torchao",
     "hqq", "optimum-quanto", "onnx", "onnxscript", "onnxruntime", "executorch", "trl", "datasets", "tensorboard",
 )  # fmt: skip
+
+
+@reported
+def doctor(json: Json = False) -> None:
+    """Versions, devices, what this machine multiplies fast, and which extras are installed."""
+    show(diagnosis(), as_json=json)
 
 
 def diagnosis() -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""``vera-fx chat``: a language model, its adapters, a conversation, and the terminal."""
