@@ -7,6 +7,7 @@ processes that hold one base each; all columns stay, and what is answered is bes
 """
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,8 +17,10 @@ import pyarrow as pa
 import ray
 import typer
 
+from vera_fx.checkpoint.saved import is_saved
 from vera_fx.cli.main import reported
-from vera_fx.errors import AdapterError, ConfigError, VeraFxError
+from vera_fx.errors import AdapterError, ConfigError, VeraFxError, listing
+from vera_fx.recipes.base_models import check_folder
 
 Choices = dict[str, Any]
 
@@ -50,11 +53,14 @@ class Predictor:
         return table
 
     def _columns(self, answers: list[Any]) -> dict[str, pa.Array]:
-        numbers = pa.list_(pa.float64())
-        if not self.served.labels:
-            return {"vector": pa.array([one.vector for one in answers], numbers)}
-        best = [self.served.labels[max(range(len(row)), key=row.__getitem__)] for row in answers]
-        return {"label": pa.array(best, pa.string()), "scores": pa.array(answers, numbers)}
+        labels = self.served.labels
+        if not labels:
+            vectors = [one.vector for one in answers]
+            return {"vector": pa.array(vectors, pa.list_(pa.float64()))}
+        scores = [dict(zip(labels, row, strict=True)) for row in answers]
+        kind = pa.struct([(label, pa.float64()) for label in labels])
+        best = [max(row, key=row.__getitem__) for row in scores]
+        return {"label": pa.array(best, pa.string()), "scores": pa.array(scores, kind)}
 
 
 def predict(
@@ -85,11 +91,11 @@ def predict(
         choices: as for `vera_fx.serving.folders.open_served`: capacity, length, pooling, device.
 
     Returns:
-        The rows with ``label`` and ``scores`` (in the order of the model's labels), or ``vector``.
+        The rows with ``label`` and ``scores`` (by label), or ``vector``.
 
     Raises:
         ConfigError: a column is missing or would be overwritten, or a batch may name more adapters than are kept.
-            While rows are answered Ray wraps errors; ``error.cause`` is the one of `vera_fx`.
+            What goes wrong while rows are answered is one of Ray's errors, with the words of ours in its text.
     """
     _check_columns(rows.columns() or [], text, adapter)
     capacity = choices.setdefault("capacity", 1024)
@@ -126,6 +132,21 @@ def _words(table: pa.Table, column: str) -> list[str]:
     return values
 
 
+def check_adapters(rows: ray.data.Dataset, store: Path, adapter: str = "adapter") -> None:
+    """Look for every adapter that rows ask for, before hours of work: reads the one column.
+
+    Raises:
+        AdapterError: the folder does not hold one of them.
+    """
+    names = rows.select_columns([adapter]).unique(adapter)
+    wanted = {name for name in names if isinstance(name, str)}
+    there = {path.name for path in store.iterdir() if is_saved(path)}
+    if missing := sorted(wanted - there):
+        raise AdapterError(
+            f"rows ask for {len(missing)} adapters that {store} does not hold: {listing(missing)}"
+        )
+
+
 _READ = {".jsonl": "read_json", ".csv": "read_csv", ".parquet": "read_parquet"}
 
 
@@ -149,15 +170,21 @@ def main(
     if output.exists():
         raise ConfigError(f"{str(output)!r} is there; give a folder that is not")
     options = {"replicas": replicas, "batch": batch, "cpus": cpus, "gpus": gpus, "device": device}
+    check_folder(model)
     ray.init(ignore_reinit_error=True)
     read = getattr(ray.data, _READ[rows.suffix])(str(rows))
     try:
         answered = predict(read, model, store, text=text, adapter=adapter, **options)
+        check_adapters(read, store, adapter)
         answered.write_parquet(str(output.absolute()))
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, VeraFxError):
-            raise error.cause from None
-        raise
+    except ray.exceptions.RayError as error:
+        raise _ours(error) from None
+
+
+def _ours(error: Exception) -> Exception:
+    """The error of `vera_fx` that a process met, where there is one: Ray passes on its text alone."""
+    found = re.findall(r"^vera_fx\.errors\.\w+: (.+)$", str(error), re.MULTILINE)
+    return VeraFxError(found[-1]) if found else error
 
 
 if __name__ == "__main__":
