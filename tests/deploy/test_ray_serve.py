@@ -156,9 +156,17 @@ def test_a_killed_replica_is_missed_by_nobody_who_asks_later(cluster: Any, judge
     actors = cluster.util.list_named_actors(all_namespaces=True)
     (found,) = (actor for actor in actors if actor["name"].endswith(f"{NAME}#{victim}"))
 
-    cluster.kill(cluster.get_actor(found["name"], namespace=found["namespace"]))
-    for answer in ask_many([("?", "a1")] * 60):
-        assert_scores(answer, expected)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        meanwhile = [pool.submit(ask, "?", "a1") for _ in range(200)]
+        while sum(future.done() for future in meanwhile) < 20:
+            time.sleep(0.01)
+        cluster.kill(cluster.get_actor(found["name"], namespace=found["namespace"]))
+        for answer in ask_many([("?", "a1")] * 60):
+            assert_scores(answer, expected)
+    for answer in (future.result() for future in meanwhile):
+        if answer.status_code != 500:  # of those that the killed one was answering
+            assert_scores(answer, expected)
+    assert sum(future.result().status_code == 500 for future in meanwhile) <= 8
 
     end = time.monotonic() + 90
     while (after := {ask("?", "a1").headers["x-replica"] for _ in range(40)}) <= before:
@@ -171,16 +179,24 @@ def test_a_killed_replica_is_missed_by_nobody_who_asks_later(cluster: Any, judge
 
 def test_an_embedder_under_a_prefix(judged: Path, tmp_path: Path) -> None:
     root = worlds.embedder(tmp_path, 2)
-    options = Options(model=root / "model", store=root / "store", replicas=1, cpus=0.25)
-    serve.run(app(options), name="embeds", route_prefix="/vectors")
-    texts, asked = list(worlds.TEXTS[::2]), {"inputs": list(worlds.TEXTS[::2]), "adapter": "a1"}
+    limits = {"rate": 0.001, "burst": 2}
+    options = {"model": root / "model", "store": root / "store", "limits": limits}
+    made = app(Options(**options, replicas=1, cpus=0.25))
+    serve.run(made, name="embeds", route_prefix="/vectors")
+    texts = list(worlds.TEXTS[::2])
+    asked = {"inputs": texts, "adapter": "a1"}
 
     answer = httpx.post(address("/vectors/embed"), json=asked, timeout=60)
     other = {"input": texts, "model": "a0"}
     openai = httpx.post(address("/vectors/v1/embeddings"), json=other, timeout=60)
+    often = httpx.post(address("/vectors/embed"), json=asked, timeout=60)
+    with httpx.Client(transport=httpx.HTTPTransport(local_address="127.0.0.2")) as neighbour:
+        elsewhere = neighbour.post(address("/vectors/embed"), json=asked, timeout=60)
     serve.delete("embeds")
 
     assert answer.status_code == openai.status_code == 200, (answer.text, openai.text)
+    assert (often.status_code, elsewhere.status_code) == (429, 200)  # each address has a rate
+    assert elsewhere.json() == answer.json()
     listed = [entry["embedding"] for entry in openai.json()["data"]]
     for name, found in (("a1", answer.json()), ("a0", listed)):
         for text, one in zip(texts, found, strict=True):
