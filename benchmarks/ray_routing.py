@@ -19,6 +19,9 @@ from examples.server.load import Load, Outcome, run
 from examples.server.minilm import CONFIG, load_base
 
 PORT, REPLICAS, HEADER = 8110, 2, "serve_multiplexed_model_id"
+CASES = {"a quarter in memory": (4, 1.0), "most ask for one": (1, 3.0)}
+"""Of how many adapters one is kept in memory, and the exponent of Zipf's law that requests follow."""
+
 COUNTERS = ("rows_total", "batches_total", "adapter_loads_total")
 
 
@@ -66,50 +69,46 @@ def summary(name: str, rounds: list[tuple[Outcome, dict[str, float]]]) -> dict[s
     return {"name": name, **{k: median(e[k] for e in each) for k in keys}, "errors": errors}
 
 
-def compared(root: Path, adapters: int, capacity: int, rounds: int, **load: Any) -> list[Any]:
-    """Both ways of routing for one capacity, in turn."""
+def compared(root: Path, adapters: int, rounds: int, case: str, **load: Any) -> list[Any]:
+    """Both ways of routing for one case, in turn."""
     from ray import serve
 
     from deploy.ray_serve import Options, app
 
+    capacity, load["skew"] = adapters // CASES[case][0], CASES[case][1]
     limits = {"rate": 0.0, "per_client": 1024}
     sizes = {"capacity": capacity, "max_batch": 16, "length": 64}
     made = app(Options(model=root / "model", store=root / "store", limits=limits, **sizes))
-    serve.run(made, name=f"keeps{capacity}", route_prefix="/")
+    serve.run(made, name="routed", route_prefix="/")
     places = {f"c{number}": f"http://127.0.0.1:{PORT}" for number in range(adapters)}
     ways = {"less busy": "", "by adapter": HEADER}
     found: dict[str, list[Any]] = {way: [] for way in ways}
     for header in ways.values():
         run(Load(places, header=header, **{**load, "seconds": 3.0}))
-    for _ in range(rounds):
-        for way, header in ways.items():
+    for number in range(rounds):
+        for way, header in [*ways.items()][:: -1 if number % 2 else 1]:
             found[way].append(measured(Load(places, header=header, **load)))
-    serve.delete(f"keeps{capacity}")
-    return [summary(f"{way}, {capacity} kept", each) for way, each in found.items()]
+    serve.delete("routed")
+    return [summary(f"{case}: {way}", each) for way, each in found.items()]
 
 
 def main(
-    adapters: Annotated[int, typer.Option(min=1)] = 400,
+    adapters: Annotated[int, typer.Option(min=64)] = 400,
     clients: Annotated[int, typer.Option(min=1)] = 16,
     seconds: Annotated[float, typer.Option(min=1.0, help="of load, each time")] = 10.0,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
-    skew: Annotated[float, typer.Option(min=0.0)] = 1.0,
     output: Annotated[Path, typer.Option()] = Path("out/bench_ray_routing.json"),
 ) -> None:
-    """Load two replicas that keep all adapters, then two that keep a quarter of them."""
+    """Load two replicas of each case, by one way of routing and the other in turn."""
     import ray
     from ray import serve
 
-    load = {"clients": clients, "seconds": seconds, "skew": skew}
+    load = {"clients": clients, "seconds": seconds}
     ray.init(num_cpus=REPLICAS, include_dashboard=False, log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": PORT})
     with tempfile.TemporaryDirectory() as folder:
         root = folders(Path(folder), adapters)
-        found = [
-            row
-            for capacity in (adapters, max(16, adapters // 4))
-            for row in compared(root, adapters, capacity, rounds, **load)
-        ]
+        found = [row for case in CASES for row in compared(root, adapters, rounds, case, **load)]
     serve.shutdown()
     ray.shutdown()
     show(found)
