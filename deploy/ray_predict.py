@@ -65,8 +65,8 @@ class Predictor:
 
 def predict(
     rows: ray.data.Dataset,
-    model: Path,
-    store: Path,
+    model: str | os.PathLike[str],
+    store: str | os.PathLike[str],
     *,
     text: str = "text",
     adapter: str = "adapter",
@@ -103,7 +103,8 @@ def predict(
         raise ConfigError(
             f"batch is {batch}, but only {capacity} adapters are kept; raise capacity"
         )
-    given = (model, store, text, adapter, max(1, int(cpus)), choices)
+    folders = (Path(model).absolute(), Path(store).absolute())  # processes run in other folders
+    given = (*folders, text, adapter, max(1, int(cpus)), choices)
     return rows.map_batches(
         Predictor,
         fn_constructor_args=given,
@@ -172,7 +173,7 @@ def main(
     options = {"replicas": replicas, "batch": batch, "cpus": cpus, "gpus": gpus, "device": device}
     check_folder(model)
     ray.init(ignore_reinit_error=True)
-    read = getattr(ray.data, _READ[rows.suffix])(str(rows))
+    read = getattr(ray.data, _READ[rows.suffix])(str(rows.absolute()))
     try:
         answered = predict(read, model, store, text=text, adapter=adapter, **options)
         check_adapters(read, store, adapter)

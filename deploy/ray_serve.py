@@ -29,7 +29,7 @@ class Options(BaseModel):
     """What an application is made of; ``name=value`` of ``serve run``, ``args`` of a configuration file.
 
     Attributes:
-        model: the model's folder, there on every machine.
+        model: the model's folder, at the same place on every machine.
         store: the folder with a folder for each adapter, the same one on every machine.
         replicas: processes, each with the base in its memory.
         cpus: of each replica, which also is how many threads torch has.
@@ -38,7 +38,7 @@ class Options(BaseModel):
         capacity: adapters that a replica keeps in memory.
         length: most tokens of a text; None for 256, or what the model takes where that is less.
         pooling: of an embedder; None for what its folder says.
-        max_batch: most texts in one call of the model, whatever adapters they ask for.
+        max_batch: most texts in one call of the model, whatever adapters they ask for; None for 32, or the capacity.
         max_wait: seconds that a text waits for others.
         limits: what differs from `vera_fx.serving.limits.Limits`, by name; on a command line as JSON.
     """
@@ -54,14 +54,24 @@ class Options(BaseModel):
     capacity: int = Field(1024, ge=1)
     length: int | None = Field(None, ge=1)
     pooling: str | None = None
-    max_batch: int = Field(32, ge=1)
+    max_batch: int | None = Field(None, ge=1)
     max_wait: float = Field(0.005, ge=0)
     limits: dict[str, int | float] = {}
+
+    @field_validator("model", "store")
+    @classmethod
+    def _from_here(cls, value: Path) -> Path:
+        return value.absolute()  # replicas run in other folders
 
     @field_validator("limits", mode="before")
     @classmethod
     def _from_text(cls, value: Any) -> Any:
         return json.loads(value) if isinstance(value, str) else value
+
+    @property
+    def batch(self) -> int:
+        """Most texts in one call of the model."""
+        return self.max_batch or min(32, self.capacity)
 
     def bounds(self) -> Limits:
         """The limits.
@@ -90,7 +100,7 @@ def app(options: Options) -> serve.Application:
         name=NAME,
         num_replicas=options.replicas,
         ray_actor_options={"num_cpus": options.cpus, "num_gpus": options.gpus},
-        max_ongoing_requests=4 * options.max_batch,  # enough to fill a batch while another runs
+        max_ongoing_requests=4 * options.batch,  # enough to fill a batch while another runs
         max_queued_requests=limits.waiting,
         max_constructor_retry_count=3,
     )
@@ -112,10 +122,7 @@ def in_replica(options: Options, limits: Limits) -> FastAPI:
     choices = options.model_dump(include={"capacity", "length", "pooling"})
     device = device_of(options.device)
     served = open_served(options.model, options.store, device=device, shared=True, **choices)
-    batches = {
-        "max_batch": min(options.max_batch, options.capacity),
-        "max_wait": options.max_wait,
-    }
+    batches = {"max_batch": options.batch, "max_wait": options.max_wait}
     made = application(served, key=key_for_changes(), limits=limits, **batches)
     made.add_middleware(Held, store=served.store)
     return made

@@ -2,8 +2,13 @@
 
 import base64
 import concurrent.futures
+import contextlib
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -20,7 +25,7 @@ from transformers import AutoModelForSequenceClassification
 
 from deploy.ray_serve import NAME, Options, app
 from tests.deploy import worlds
-from tests.deploy.conftest import KEY
+from tests.deploy.conftest import KEY, ROOT
 from vera_fx.errors import ConfigError
 
 PORT = 8437
@@ -99,7 +104,8 @@ def test_both_replicas_answer_what_the_process_itself_does(judged: Path) -> None
     ],
 )
 def test_bad_questions(judged: Path, sent: dict[str, str], status: int, words: str) -> None:
-    for headers in ({}, {"serve_multiplexed_model_id": sent.get("adapter", "a0")}):
+    for name in (None, sent.get("adapter", "a0"), "x" * 5000):
+        headers = {"serve_multiplexed_model_id": name} if name else {}
         answer = httpx.post(address("/classify"), json=sent, headers=headers)
         assert (answer.status_code, words in answer.text) == (status, True), answer.text
     assert_scores(ask("?", "a1"), worlds.scores(judged, "a1", "?"))
@@ -207,12 +213,49 @@ def test_an_embedder_under_a_prefix(judged: Path, tmp_path: Path) -> None:
 def test_options_as_a_command_line_gives_them(tmp_path: Path) -> None:
     given = {"model": "m", "store": "s", "replicas": "3", "limits": '{"text": 7, "rate": 0.5}'}
     options = Options.model_validate(given)
-    assert (options.replicas, options.model) == (3, Path("m"))
+    assert (options.replicas, options.model) == (3, Path("m").absolute())
     assert (options.bounds().text, options.bounds().rate) == (7, 0.5)
+    assert (options.batch, Options(model="m", store="s", capacity=9).batch) == (32, 9)
     with pytest.raises(ConfigError, match="no limit 'rat'; known: text, inputs"):
         app(Options(model=tmp_path, store=tmp_path, limits={"rat": 1}))
     with pytest.raises(ValueError, match="replica\n.*not permitted"):
         Options.model_validate({**given, "replica": 3})
+
+
+def test_from_a_shell_with_a_configuration_file(judged: Path, tmp_path: Path) -> None:
+    port, names = PORT + 1, ("model", "store")
+    given = {name: os.path.relpath(judged / name, ROOT) for name in names}
+    application = {
+        "name": "shell",
+        "route_prefix": "/",
+        "import_path": "deploy.ray_serve:app",
+        "args": {**given, "replicas": 2, "cpus": 0.25},
+        "deployments": [{"name": NAME, "num_replicas": 1}],
+    }
+    listen = {"host": "127.0.0.1", "port": port}
+    file = tmp_path / "config.yaml"
+    file.write_text(json.dumps({"http_options": listen, "applications": [application]}))
+    command = [str(Path(sys.executable).with_name("serve")), "run", str(file)]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+    try:
+        answer = until_answered(f"http://127.0.0.1:{port}/classify", process)
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+    assert_scores(answer, worlds.scores(judged, "a2", "?"))
+
+
+def until_answered(address: str, process: subprocess.Popen[bytes]) -> httpx.Response:
+    """The first answer that is the application's own: until it runs, Ray knows no such path."""
+    end = time.monotonic() + 180
+    while time.monotonic() < end and process.poll() is None:
+        with contextlib.suppress(httpx.TransportError):
+            answer = httpx.post(address, json={"text": "?", "adapter": "a2"}, timeout=30)
+            if answer.status_code == 200:
+                return answer
+        time.sleep(0.5)
+    raise TimeoutError(address)
 
 
 def test_a_wrong_folder_is_said_where_one_deploys(judged: Path, tmp_path: Path) -> None:
