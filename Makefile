@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 DATA = examples/data/sentiment
 
-.PHONY: demo sweep quality server load test test-torch fuzz test-all test-executorch test-quantised test-trl families mutation docs package lint types bench gpu clean
+.PHONY: demo sweep quality server load test test-torch fuzz test-all test-executorch test-quantised test-trl test-ray families mutation docs package lint types bench gpu clean
 
 # One stamp per set of extras; they share the virtual environment.
 $(VENV)/.%: pyproject.toml constraints.txt
@@ -76,6 +76,12 @@ test-trl:
 	$(MAKE) VENV=.venv-trl .venv-trl/.test,trl
 	.venv-trl/bin/python -m pytest tests/model/test_trl.py
 
+# Replicas by Ray Serve and predictions by Ray Data, on this machine (seven minutes on two busy cores). Ray brings
+# some fifty packages: a virtual environment of its own.
+test-ray:
+	$(MAKE) VENV=.venv-ray .venv-ray/.test,ray
+	.venv-ray/bin/python -m pytest tests/deploy
+
 # The matrix of model families, with its table. timm brings torchvision, which transformers would
 # import wherever it is: a virtual environment of its own.
 families:
@@ -130,4 +136,4 @@ gpu: $(VENV)/.test
 	$(BIN)/python -m benchmarks.host --device cuda --layers 12 --output out/gpu_host.json
 
 clean:
-	rm -rf $(VENV) .venv-executorch .venv-quantised .venv-timm .venv-docs .venv-package .venv-torch-* build dist out .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-executorch .venv-quantised .venv-timm .venv-ray .venv-docs .venv-package .venv-torch-* build dist out .pytest_cache .ruff_cache .hypothesis

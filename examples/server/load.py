@@ -43,6 +43,7 @@ class Load:
         requests: most requests of each client; 0 for no bound.
         skew: exponent of Zipf's law; 0 asks for all adapters equally often.
         timeout: seconds after which a client gives a request up.
+        header: of a header that carries the adapter's name too; none if empty.
         seed: of all draws.
     """
 
@@ -53,6 +54,7 @@ class Load:
     requests: int = 0
     skew: float = 1.0
     timeout: float = 30.0
+    header: str = ""
     seed: int = 0
 
     def weights(self) -> list[float]:
@@ -138,8 +140,9 @@ def _ask(
         host = urllib.parse.urlsplit(place).netloc
         connections[place] = http.client.HTTPConnection(host, timeout=load.timeout)
     body = json.dumps({"text": text, "adapter": adapter})
+    headers = {"content-type": "application/json"} | ({load.header: adapter} if load.header else {})
     try:
-        connections[place].request("POST", "/classify", body, {"content-type": "application/json"})
+        connections[place].request("POST", "/classify", body, headers)
         response = connections[place].getresponse()
         response.read()
     except (OSError, http.client.HTTPException) as error:

@@ -68,6 +68,10 @@ def check_command(words: list[str]) -> None:
             assert module == "pytest" or path.is_dir() or path.with_suffix(".py").is_file(), words
         for extras in re.findall(r"vera-fx\[([\w,]+)\]", " ".join(rest)):
             assert set(extras.split(",")) <= EXTRAS.keys(), words
+    elif first == "serve":
+        module, _, name = rest[-1].partition(":")
+        path = (ROOT / module.replace(".", "/")).with_suffix(".py")
+        assert re.search(rf"^def {name}\(", path.read_text(encoding="utf-8"), re.M), words
     else:
         assert first in {"vera-fx", "curl", "git", "export", "vllm"}, f"what is {words}?"
 

@@ -16,6 +16,7 @@ from vera_fx.recipes.tasks.pooling import POOLINGS, pooling_of
 from vera_fx.serving.batcher import Answer
 from vera_fx.serving.classify import classifier
 from vera_fx.serving.embed import embedder
+from vera_fx.serving.shared_store import SharedStore
 
 LENGTH = 256
 _KIND = "first of the store"  # the adapter that gives the model its branches
@@ -47,6 +48,7 @@ def open_served(
     length: int | None = None,
     pooling: str | None = None,
     device: torch.device | str = "cpu",
+    shared: bool = False,
 ) -> Served:
     """Load a model and attach the store.
 
@@ -57,6 +59,7 @@ def open_served(
         length: most tokens of a text; None for 256, or what the model takes where that is less.
         pooling: of an embedder; None for what its folder says.
         device: where the model is to be.
+        shared: whether other processes replace and delete adapters in the store's folder.
 
     Raises:
         ConfigError: the model is neither, the store holds no adapter to begin with, or a choice does
@@ -69,7 +72,8 @@ def open_served(
     length = _length(length, tokenizer, base)
     facts = {"model": type(base).__name__, "device": str(device), "length": length}
     vera_fx.load_adapter(base.eval().to(device), first, adapter_name=_KIND)
-    adapters = vera_fx.AdapterStore(base, store, capacity=capacity)
+    kind = SharedStore if shared else vera_fx.AdapterStore
+    adapters = kind(base, store, capacity=capacity)
     if pooling is not None:
         answer = embedder(base, tokenizer, length=length, pooling=pooling)
         return Served(answer, adapters, (), {**facts, "vectors by": pooling})

@@ -1,0 +1,1 @@
+"""Serving and predicting on more than one machine: files to run, and to copy and change."""
