@@ -132,6 +132,11 @@ def quantised(name: str, dtype: torch.dtype = torch.float32, layers: int = 2) ->
     return make()(plain(dtype, layers)).eval()
 
 
+def quantise(name: str, model: nn.Module) -> Any:
+    """A plain model of yours, as the library quantises it."""
+    return _MAKERS[name][1]()(model).eval()
+
+
 ALL = tuple(_MAKERS)
 BITSANDBYTES = tuple(name for name in ALL if _MAKERS[name][0] == "bitsandbytes")
 WITH_PEFT = tuple(name for name in ALL if not name.startswith("ao-"))
