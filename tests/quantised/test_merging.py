@@ -10,7 +10,7 @@ import torch
 
 import vera_fx
 from tests.helpers import assert_close, fill_adapters
-from tests.quantised.backends import ALL, INPUTS, TARGETS, quantise, quantised
+from tests.quantised.backends import ALL, BITSANDBYTES, INPUTS, TARGETS, quantise, quantised
 from vera_fx.products.kinds import rewriting_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*passes no gradient on to its input")
@@ -51,6 +51,9 @@ def reference(name: str) -> Any:
     for path in (path for path, _ in base.named_modules() if path.endswith(tuple(TARGETS))):
         parent, _, last = path.rpartition(".")
         setattr(base.get_submodule(parent), last, anew.get_submodule(path))
+    for module in base.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # packing would round the scales
     return base
 
 
@@ -116,8 +119,9 @@ def test_what_holds_the_weights_comes_back(name: str) -> None:
         )
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [name for name in ALL if name not in BITSANDBYTES])
 def test_merged_weights_are_saved_and_loaded(name: str, tmp_path: Path) -> None:
+    """bitsandbytes' state dicts load through transformers alone: see `test_loaded`."""
     model = adapted(name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
