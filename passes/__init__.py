@@ -12,6 +12,7 @@ from vera_fx.passes.engine.functions import call_module, recomputed
 from vera_fx.passes.engine.graph import (
     META_KEY,
     Tag,
+    is_call,
     module_paths,
     resolve,
     tag_of,
@@ -127,6 +128,7 @@ __all__ = [
     "find_sites",
     "graph_text",
     "input_of",
+    "is_call",
     "is_outlined",
     "module_paths",
     "past_cast",
