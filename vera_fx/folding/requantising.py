@@ -10,8 +10,7 @@ from vera_fx.bank.adapter import Folded
 from vera_fx.bank.bank import AdapterBank
 from vera_fx.errors import AdapterError, RequantisedWarning
 from vera_fx.folding.mergeable import Change, deltas
-from vera_fx.products.backends import describe
-from vera_fx.products.kinds import kind_of, rewriting_of, weight_of
+from vera_fx.products.kinds import describe, kind_of, rewriting_of, weight_of
 
 
 def is_called(bank: AdapterBank, path: str) -> bool:

@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from vera_fx.products import bitsandbytes_layers, hqq_layers, quanto_layers, torchao_weights
+from vera_fx.products import bitsandbytes_layers
 from vera_fx.products.opaque import registered_product
-from vera_fx.products.rewriting import Rewriting
+from vera_fx.products.writing import hqq_layers, quanto_layers, torchao_weights
+from vera_fx.products.writing.rewriting import Rewriting
 
 
 @dataclass(frozen=True, slots=True)

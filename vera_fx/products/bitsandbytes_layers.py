@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vera_fx.products.rewriting import Held, Rewriting
+from vera_fx.products.writing.rewriting import Held, Rewriting
 
 _PACKS = "support_avx512bf16_for_cpu"
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from vera_fx.errors import TargetError
 from vera_fx.products import bitsandbytes_layers
 from vera_fx.products.attention_output import AttentionOutput
-from vera_fx.products.backends import backend_of
+from vera_fx.products.backends import backend_of, describe
 from vera_fx.products.called import Called
 from vera_fx.products.conv1d import Conv1D
 from vera_fx.products.cut_linear import BaseCalls, Call
@@ -24,13 +24,14 @@ from vera_fx.products.parallel import (
     style_of,
 )
 from vera_fx.products.protocol import ProductKind
-from vera_fx.products.rewriting import Rewriting
+from vera_fx.products.writing.rewriting import Rewriting
 
 __all__ = [
     "BaseCalls",
     "Call",
     "base_calls",
     "cut_of",
+    "describe",
     "is_idle",
     "is_odd",
     "stands_for",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vera_fx.errors import first_line
-from vera_fx.products.rewriting import Held, Rewriting
+from vera_fx.products.writing.rewriting import Held, Rewriting
 
 _CHOSEN_ANEW = ("scale", "zero_point", "custom_scale", "custom_zero_point")
 """Arguments that `from_hp` computes where they are not given, from the values."""
