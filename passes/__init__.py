@@ -12,6 +12,7 @@ from vera_fx.passes.engine.functions import call_module, recomputed
 from vera_fx.passes.engine.graph import (
     META_KEY,
     Tag,
+    is_call,
     module_paths,
     resolve,
     tag_of,
@@ -128,6 +129,7 @@ __all__ = [
     "find_sites",
     "graph_text",
     "input_of",
+    "is_call",
     "is_outlined",
     "outline_whole",
     "module_paths",

@@ -9,6 +9,9 @@ from vera_fx.passes.engine.emit import attribute
 from vera_fx.passes.engine.graph import Tag, owner_path
 from vera_fx.passes.engine.protocol import Numerics
 from vera_fx.passes.engine.reports import Action, PassReport, Reason, Rewrite, Skip
+from vera_fx.passes.sites.trained_bias import add_changes, is_change
+
+_ME = "RedirectParameters"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,9 @@ class RedirectParameters:
         %linear: f32[s0, 5] = linear(%x, %slot_head_weight)
         return [%linear]
 
+    The bias of a module that the graph calls is added by code of the module's own; behind its calls
+    the graph adds ``copy - base`` (`vera_fx.passes.sites.trained_bias`).
+
     Needs: the copies as attributes of the graph's owner, in the base parameters' shapes.
     Keeps: everything else.
     Skips: a parameter that this graph never reads.
@@ -62,12 +68,13 @@ class RedirectParameters:
         skips: list[Skip] = []
         for redirect in self.redirects:
             users = _users(gm, redirect)
+            added = add_changes(gm, redirect.bases, redirect.copy, redirect.module, _ME)
             for read, user in users:
-                copy = attribute(gm, redirect.copy, like=read, tag=Tag("RedirectParameters"))
+                copy = attribute(gm, redirect.copy, like=read, tag=Tag(_ME))
                 user.replace_input_with(read, copy)
                 if not read.users:
                     gm.graph.erase_node(read)
-            if users:
+            if users or added:
                 rewrites.append(Rewrite(redirect.bases[0], Action.REDIRECTED, redirect.copy))
             elif not _is_read(gm, redirect.copy):
                 skips.append(Skip(redirect.bases[0], Reason.NEVER_READ))
@@ -82,7 +89,7 @@ def _users(gm: GraphModule, redirect: Redirect) -> list[tuple[Node, Node]]:
         (read, user)
         for read in reads
         for user in read.users
-        if not tied or _is_inside(owner_path(user), redirect.module)
+        if not is_change(user) and (not tied or _is_inside(owner_path(user), redirect.module))
     ]
 
 

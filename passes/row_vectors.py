@@ -14,6 +14,7 @@ from vera_fx.passes.rows.facts import row_facts
 from vera_fx.passes.rows.operands import placed, row_product
 from vera_fx.passes.rows.rules import is_pointwise
 from vera_fx.passes.rows.vocabulary import Lost, RowFacts, Rows, Size, same, shape_of
+from vera_fx.passes.sites.trained_bias import is_change, total_of_change
 
 aten = torch.ops.aten
 
@@ -228,7 +229,13 @@ def _rewrite(
     tag = Tag(_ME, source.path, "row")
     others = [n for n in user.all_input_nodes if n is not attr]
     with gm.graph.inserting_before(user):
-        if is_pointwise(user) and len(others) == 1 and len(source.shape) == 1:
+        if is_change(user):
+            total = total_of_change(user)
+            value = _columns(gm, table, source, total, tag)
+            value = emit(gm, aten.sub.Tensor, (value, others[0]), like=total, tag=tag)
+            user.replace_all_uses_with(placed(gm, _rows_at(total, facts), total, value, tag))
+            gm.graph.erase_node(user)
+        elif is_pointwise(user) and len(others) == 1 and len(source.shape) == 1:
             rows = _rows_at(others[0], facts)
             value = _columns(gm, table, source, others[0], tag)
             user.replace_input_with(attr, placed(gm, rows, others[0], value, tag))

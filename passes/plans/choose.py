@@ -112,6 +112,10 @@ def _choice(
     return choice
 
 
+_FOR_MEMORY = 0.125
+"""The share of a site's work that half of what it keeps is worth where the base is quantised."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Costs:
     """What a site's plans cost: seconds, and bytes that a training step keeps."""
@@ -129,17 +133,21 @@ def _best(site: _Costs, target: Target, work: Workload) -> str:
     if work.request == "memory" and work.trains:
         return min(plans, key=lambda plan: (site.kept[plan], site.time[plan]))
     fastest = min(plans, key=site.time.__getitem__)
-    return _leaner(site, plans, fastest, work)
+    return _leaner(site, target, plans, fastest, work)
 
 
-def _leaner(site: _Costs, plans: Sequence[str], fastest: str, work: Workload) -> str:
+def _leaner(
+    site: _Costs, target: Target, plans: Sequence[str], fastest: str, work: Workload
+) -> str:
     """The fastest plan, or one that keeps half the memory or less and is hardly slower.
 
-    "Hardly" is what the device `spares`: a share of the site's whole work.
+    "Hardly" is what the device `spares`: a share of the site's whole work. Beside a module that graphs
+    call it is at least an eighth: a base is quantised to save memory.
     """
     if not work.trains or work.request != "auto":
         return fastest
-    limit = site.time[fastest] + work.device.spares * (site.time["base"] + site.time[fastest])
+    spares = max(work.device.spares, 0.0 if target.product.layout else _FOR_MEMORY)
+    limit = site.time[fastest] + spares * (site.time["base"] + site.time[fastest])
     lean = [
         plan
         for plan in plans

@@ -14,15 +14,19 @@ IDS = torch.randint(0, 97, (3, 11), generator=torch.Generator().manual_seed(1))
 INPUTS = {"input_ids": IDS, "labels": IDS}
 
 
-def plain(dtype: torch.dtype = torch.float32, layers: int = 2) -> Any:
+def plain(dtype: torch.dtype = torch.float32, layers: int = 2, *, biased: bool = False) -> Any:
     """Sizes are multiples of 64, which bitsandbytes' kernels ask for."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=layers,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-        tie_word_embeddings=False,
+        tie_word_embeddings=False, attention_bias=biased, mlp_bias=biased,
     )  # fmt: skip
-    return LlamaForCausalLM(config).to(dtype)
+    model = LlamaForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.1)
+    return model.to(dtype)
 
 
 def _is_wanted(module: nn.Module, path: str) -> bool:
@@ -41,9 +45,8 @@ def bnb_4bit(kind: str, *, double: bool = False) -> Any:
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     def make(old: nn.Linear) -> nn.Module:
-        new = Linear4bit(
-            old.in_features, old.out_features, bias=False, compute_dtype=old.weight.dtype
-        )
+        sizes, has_bias = (old.in_features, old.out_features), old.bias is not None
+        new = Linear4bit(*sizes, bias=has_bias, compute_dtype=old.weight.dtype)
         new.weight = Params4bit(
             old.weight.detach().clone(),
             requires_grad=False,
@@ -51,6 +54,7 @@ def bnb_4bit(kind: str, *, double: bool = False) -> Any:
             compress_statistics=double,
             module=new,
         )
+        new.bias = old.bias
         return new
 
     return lambda model: _swapped(model, make).to("cpu")
@@ -61,8 +65,10 @@ def bnb_8bit(threshold: float) -> Any:
 
     def make(old: nn.Linear) -> nn.Module:
         sizes = old.in_features, old.out_features
-        new = Linear8bitLt(*sizes, bias=False, has_fp16_weights=False, threshold=threshold)
+        has_bias = old.bias is not None
+        new = Linear8bitLt(*sizes, bias=has_bias, has_fp16_weights=False, threshold=threshold)
         new.weight = Int8Params(old.weight.detach().clone(), requires_grad=False)
+        new.bias = old.bias
         return new
 
     return lambda model: _swapped(model, make).to("cpu")
@@ -124,12 +130,19 @@ _MAKERS: dict[str, tuple[str, Callable[[], Any]]] = {
 }
 
 
-def quantised(name: str, dtype: torch.dtype = torch.float32, layers: int = 2) -> Any:
+def quantised(
+    name: str, dtype: torch.dtype = torch.float32, layers: int = 2, *, biased: bool = False
+) -> Any:
     """A fresh model, the same at every call; skips where its library is not installed."""
     library, make = _MAKERS[name]
     if find_spec(library) is None:
         pytest.skip(f"{library} is not installed")
-    return make()(plain(dtype, layers)).eval()
+    return make()(plain(dtype, layers, biased=biased)).eval()
+
+
+def quantise(name: str, model: nn.Module) -> Any:
+    """A plain model of yours, as the library quantises it."""
+    return _MAKERS[name][1]()(model).eval()
 
 
 ALL = tuple(_MAKERS)

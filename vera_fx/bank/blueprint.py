@@ -104,11 +104,6 @@ def _check_copied(model: nn.Module, saved: tuple[str, ...], biases: tuple[str, .
                 f"an adapter cannot train the bias of {path!r}, which is under tensor parallelism; use "
                 "bias='none'"
             )
-        if is_opaque(module := model.get_submodule(path)):
-            raise TargetError(
-                f"an adapter cannot train the bias of {path!r}, a {type(module).__name__}, which adds it in "
-                "code of its own; use bias='none'"
-            )
     for parent in saved:
         for path, module in model.get_submodule(parent).named_modules(prefix=parent):
             if is_opaque(module):

@@ -10,7 +10,7 @@ from vera_fx.bank.adapter import Folded
 from vera_fx.bank.bank import AdapterBank
 from vera_fx.errors import AdapterError, RequantisedWarning
 from vera_fx.folding.mergeable import Change, deltas
-from vera_fx.products.kinds import rewritable, weight_of
+from vera_fx.products.kinds import describe, kind_of, rewriting_of, weight_of
 
 
 def is_called(bank: AdapterBank, path: str) -> bool:
@@ -26,11 +26,11 @@ def check_coarse(model: nn.Module, bank: AdapterBank, names: Sequence[str], *, a
     """
     for name in names if not asked else ():
         for path in filter(lambda path: is_called(bank, path), bank.adapter(name).vectors.by_path):
-            backend = rewritable(model, path)
-            if backend is not None and backend.coarse:
+            _, module = kind_of(model, path)
+            if rewriting_of(model, path).is_coarse(module):
                 raise AdapterError(
-                    f"adapter {name!r} was not merged: the weight of {path!r} ({backend.name}) has 4 bits, "
-                    "whose rounding may be larger than what the adapter adds; run unmerged, or "
+                    f"adapter {name!r} was not merged: the weight of {path!r} ({describe(module)}) has 4 "
+                    "bits or fewer, whose rounding may be larger than what the adapter adds; run unmerged, or "
                     "unload(merge=True) for plain modules, or merge(model, requantise=True) to do it anyway"
                 )
 
@@ -46,19 +46,15 @@ def rewrite(model: nn.Module, changes: Mapping[str, Change], folded: Folded) -> 
 
 def _rewrite(model: nn.Module, changes: Mapping[str, Change], folded: Folded) -> None:
     for path, (weight, delta) in changes.items():
-        backend, module = rewritable(model, path), model.get_submodule(path)
-        if backend is None or backend.requantise is None or backend.stored is None:
-            raise AdapterError(f"nothing can be added to the weight of {path!r} in place")
-        folded.stored[path] = backend.stored(module)
-        backend.requantise(module, (weight.detach() + delta().to(weight.device)).to(weight.dtype))
+        rewriting, module = rewriting_of(model, path), model.get_submodule(path)
+        folded.stored[path] = rewriting.stored(module)
+        rewriting.write(module, (weight.detach() + delta().to(weight.device)).to(weight.dtype))
 
 
 def put_back(model: nn.Module, folded: Folded) -> None:
     """Give the modules back what they held."""
     for path, held in folded.stored.items():
-        backend = rewritable(model, path)
-        if backend is not None and backend.restore is not None:
-            backend.restore(model.get_submodule(path), held)
+        rewriting_of(model, path).restore(model.get_submodule(path), held)
     folded.stored.clear()
 
 
@@ -78,14 +74,12 @@ def tell_loss(model: nn.Module, bank: AdapterBank, name: str) -> None:
 
 def _lost(model: nn.Module, bank: AdapterBank, name: str, path: str) -> float:
     """The rounding of the merged weight, as a share of the change (Frobenius norms)."""
-    backend, module = rewritable(model, path), model.get_submodule(path)
-    if backend is None or backend.stored is None or backend.restore is None:
-        return 0.0
-    now, merged = weight_of(model, path), backend.stored(module)
-    backend.restore(module, bank.folded[name].stored[path])
+    rewriting, module = rewriting_of(model, path), model.get_submodule(path)
+    now, merged = weight_of(model, path), rewriting.stored(module)
+    rewriting.restore(module, bank.folded[name].stored[path])
     weight, delta = deltas(model, bank, bank.adapter(name))[path]
     change = delta().to(weight.device)
-    backend.restore(module, merged)
+    rewriting.restore(module, merged)
     error = torch.linalg.norm((now - weight - change).float())
     return float(
         error / torch.linalg.norm(change.float()).clamp(min=torch.finfo(torch.float32).tiny)

@@ -8,13 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from vera_fx.products.bitsandbytes_layers import requantise_4bit, requantise_8bit, restore, stored
+from vera_fx.products import bitsandbytes_layers
 from vera_fx.products.opaque import registered_product
-
-Requantise = Callable[[nn.Module, Tensor], None]
-"""Writes the values of a plain matrix into a module, quantised as its weight is."""
+from vera_fx.products.writing import hqq_layers, quanto_layers, torchao_weights
+from vera_fx.products.writing.rewriting import Rewriting
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,20 +24,14 @@ class Backend:
         name: of the library.
         layers: ``module.Class`` of its layers, or of the class of their weights.
         bits: reads off a layer how its weight is stored, in words.
-        requantise: how a changed weight is written back; None where the library has no way.
-        coarse: whether that rounds so much that it has to be asked for.
-        stored: gives what holds a module's weight now.
-        restore: lets a module hold that again.
+        rewriting: how a changed weight is written back; None where no way is known.
         tested: whether the suite runs the library itself, or a stand-in of its interface.
     """
 
     name: str
     layers: tuple[str, ...]
     bits: Callable[[Any], str]
-    requantise: Requantise | None = None
-    coarse: bool = False
-    stored: Callable[[nn.Module], dict[str, Any]] | None = None
-    restore: Callable[[nn.Module, dict[str, Any]], None] | None = None
+    rewriting: Rewriting | None = None
     tested: bool = False
 
 
@@ -77,24 +70,19 @@ BACKENDS = (
         "bitsandbytes",
         ("bitsandbytes.Linear8bitLt",),
         lambda _: "8 bit",
-        requantise_8bit,
-        stored=stored,
-        restore=restore,
+        bitsandbytes_layers.REWRITING_8BIT,
         tested=True,
     ),
     Backend(
         "bitsandbytes",
         ("bitsandbytes.Linear4bit",),
         _bnb_4bit,
-        requantise_4bit,
-        coarse=True,
-        stored=stored,
-        restore=restore,
+        bitsandbytes_layers.REWRITING_4BIT,
         tested=True,
     ),
-    Backend("torchao", ("torchao.*",), _weight_type, tested=True),
-    Backend("hqq", ("hqq.HQQLinear",), _hqq, tested=True),
-    Backend("optimum-quanto", ("optimum.QLinear",), _quanto, tested=True),
+    Backend("torchao", ("torchao.*",), _weight_type, torchao_weights.REWRITING, tested=True),
+    Backend("hqq", ("hqq.HQQLinear",), _hqq, hqq_layers.REWRITING, tested=True),
+    Backend("optimum-quanto", ("optimum.QLinear",), _quanto, quanto_layers.REWRITING, tested=True),
     Backend(
         "gptqmodel",
         ("gptqmodel.BaseQuantLinear", "gptqmodel.*QuantLinear"),

@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vera_fx.products.writing.rewriting import Held, Rewriting
+
 _PACKS = "support_avx512bf16_for_cpu"
 
 
@@ -62,7 +64,7 @@ def requantise_4bit(module: nn.Module, dense: Tensor) -> None:
     layer.weight = new.to(old.device)
 
 
-def stored(module: nn.Module) -> dict[str, Any]:
+def stored(module: nn.Module) -> Held:
     """What holds a layer's weight now, to be given back by `restore`."""
     layer: Any = module
     state = getattr(layer, "state", None)
@@ -74,7 +76,7 @@ def stored(module: nn.Module) -> dict[str, Any]:
     }
 
 
-def restore(module: nn.Module, held: dict[str, Any]) -> None:
+def restore(module: nn.Module, held: Held) -> None:
     """Let the layer hold again what `stored` has given."""
     layer: Any = module
     layer.weight = held["weight"]
@@ -82,3 +84,7 @@ def restore(module: nn.Module, held: dict[str, Any]) -> None:
         layer.quant_state = held["quant_state"]
     for name, value in held["state"].items():
         setattr(layer.state, name, value)
+
+
+REWRITING_8BIT = Rewriting(requantise_8bit, stored, restore, lambda _: False)
+REWRITING_4BIT = Rewriting(requantise_4bit, stored, restore, lambda _: True)

@@ -84,8 +84,11 @@ class Called:
         return CalledModule(describe(module))
 
     def weight(self, module: nn.Module) -> Tensor:
-        """Computed: what the module answers to unit vectors."""
-        return dense_weight(module)
+        """Computed: as its library dequantises it, or what the module answers to unit vectors."""
+        backend = backend_of(module)
+        rewriting = None if backend is None else backend.rewriting
+        found = None if rewriting is None else rewriting.read(module)
+        return dense_weight(module) if found is None else found
 
     def place(self, module: nn.Module) -> tuple[torch.dtype, torch.device]:
         """PEFT's rule."""
@@ -94,9 +97,8 @@ class Called:
     def merge_refusal(self, module: nn.Module) -> str | None:
         """Where no library can quantise the sum again."""
         backend = backend_of(module)
-        if backend is not None and backend.requantise is not None:
+        rewriting = None if backend is None else backend.rewriting
+        why = f"({describe(module)}) is not plain, and nothing can be added to it in place"
+        if rewriting is not None and (why := rewriting.refusal(module)) is None:
             return None
-        return (
-            f"({describe(module)}) is not plain, and nothing can be added to it in place; "
-            "unload(merge=True) gives plain modules with the adapter in them"
-        )
+        return f"{why}; unload(merge=True) gives plain modules with the adapter in them"

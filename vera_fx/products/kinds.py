@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from vera_fx.errors import TargetError
 from vera_fx.products import bitsandbytes_layers
 from vera_fx.products.attention_output import AttentionOutput
-from vera_fx.products.backends import Backend, backend_of
+from vera_fx.products.backends import backend_of, describe
 from vera_fx.products.called import Called
 from vera_fx.products.conv1d import Conv1D
 from vera_fx.products.cut_linear import BaseCalls, Call
@@ -24,12 +24,14 @@ from vera_fx.products.parallel import (
     style_of,
 )
 from vera_fx.products.protocol import ProductKind
+from vera_fx.products.writing.rewriting import Rewriting
 
 __all__ = [
     "BaseCalls",
     "Call",
     "base_calls",
     "cut_of",
+    "describe",
     "is_idle",
     "is_odd",
     "stands_for",
@@ -79,9 +81,16 @@ def allow_packing(model: nn.Module, paths: tuple[str, ...]) -> None:
             bitsandbytes_layers.allow_packing(modules[path])
 
 
-def rewritable(model: nn.Module, path: str) -> Backend | None:
-    """The library that made the called target at ``path``; None if the table does not know it."""
-    return backend_of(model.get_submodule(path))
+def rewriting_of(model: nn.Module, path: str) -> Rewriting:
+    """How the called target at ``path`` takes another weight.
+
+    Raises:
+        TargetError: nothing is known of that; `ProductKind.merge_refusal` says so before.
+    """
+    backend = backend_of(model.get_submodule(path))
+    if backend is None or backend.rewriting is None:
+        raise TargetError(f"nothing can be added to the weight of {path!r} in place")
+    return backend.rewriting
 
 
 def weight_of(model: nn.Module, path: str) -> Tensor:

@@ -59,7 +59,7 @@ class VeraCosts:
         for R in work.ranks:
             z, weight = T * R / sharing, O * I
             kept["factored"] += z + T * O + T * R
-            kept["scaled"] += z + O * R
+            kept["scaled"] += z + O * R * bool(target.product.layout)  # E; made again beside a call
             kept["merged"] += z + weight
             kept["dense"] += T * I / sharing + weight
         return {plan: work.itemsize * elements for plan, elements in kept.items()}

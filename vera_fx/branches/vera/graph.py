@@ -12,6 +12,7 @@ from torch.fx import Node
 from vera_fx.branches.vera.cuts import parted
 from vera_fx.branches.vera.functions import merged_linear, merged_weight, merged_weight_again
 from vera_fx.branches.vera.parameters import B_VECTOR, D_VECTOR, A, B
+from vera_fx.branches.vera.scaled import scaled_sum
 from vera_fx.passes import (
     PLANS,
     BaseCall,
@@ -19,7 +20,9 @@ from vera_fx.passes import (
     Put,
     Site,
     Target,
+    call_module,
     input_of,
+    is_call,
     past_cast,
     tag_of,
     tensor_of,
@@ -63,9 +66,13 @@ class VeraGraph:
         return read_update(end, input_of(end), input_of(end, 1), self)
 
     def scale(self, put: Put, branch: InsertedBranch) -> Node:
-        """``addmm(total, z, E.T)`` with ``E = diag(b) B diag(d)``."""
+        """``addmm(total, z, E.T)`` with ``E = diag(b) B diag(d)``; one function beside a called module."""
         parts, total = branch.parts, branch.total
         z = branch.products[0][0]
+        if is_call(total, call_module):
+            vera = tuple(parts[name] for name in ("B", "d", "b"))
+            shape = tensor_of(total).shape
+            return put(scaled_sum, total, z, *vera, role="scaled", shape=shape)
         column = put(aten.unsqueeze.default, parts["b"], 1, role="b_column")
         rows = put(aten.mul.Tensor, parts["B"], column, role="b_rows")
         E_OR = put(aten.mul.Tensor, rows, parts["d"], role="E")

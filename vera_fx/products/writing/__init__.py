@@ -1,0 +1,1 @@
+"""How each library quantises a changed weight again, a file each: what merges write with."""

@@ -1,0 +1,38 @@
+"""Merging into optimum-quanto's layers, which quantise a plain weight when they are frozen."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from vera_fx.products.writing.rewriting import Held, Rewriting
+
+_FOUR_BITS = 4
+
+
+def write(module: nn.Module, dense: Tensor) -> None:
+    """Write a matrix, quantised by the layer's own type, groups and optimiser."""
+    layer: Any = module
+    trains = layer.weight.requires_grad
+    layer.weight = nn.Parameter(dense.detach().clone(), requires_grad=False)
+    layer.freeze()
+    layer.weight.requires_grad_(trains)
+
+
+def stored(module: nn.Module) -> Held:
+    """The parameter, which holds everything."""
+    return {"weight": module.weight}
+
+
+def restore(module: nn.Module, held: Held) -> None:
+    """Let the layer have it again."""
+    layer: Any = module
+    layer.weight = held["weight"]
+
+
+def is_coarse(module: nn.Module) -> bool:
+    """As the layer says."""
+    layer: Any = module
+    return layer.weight_qtype.bits <= _FOUR_BITS
+
+
+REWRITING = Rewriting(write, stored, restore, is_coarse)
