@@ -127,7 +127,9 @@ def assert_right(model: nn.Module, x: Tensor = X) -> None:
     assert_close(model(x), expected)
     vectors = [p for p in model.parameters() if p.requires_grad]
     wanted = torch.autograd.grad(expected.pow(2).sum(), vectors)
-    for found, other in zip(torch.autograd.grad(model(x).pow(2).sum(), vectors), wanted, strict=True):
+    for found, other in zip(
+        torch.autograd.grad(model(x).pow(2).sum(), vectors), wanted, strict=True
+    ):
         assert found.abs().sum() > 0
         assert_close(found, other)
 

@@ -7,7 +7,7 @@ They are equal if all that their code may read is, by content; but for attribute
 import weakref
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from torch.fx import Graph, Node
@@ -151,7 +151,8 @@ def _moved(capture: Capture, model: nn.Module, old: str, new: str) -> Exported |
     if not {new + path.removeprefix(old) for path in read} <= _own_names(model):
         return None
     graph = Graph()
-    value, output = graph.graph_copy(capture.graph.graph, {}, return_output_node=True)  # type: ignore[misc]
+    copied = graph.graph_copy(capture.graph.graph, {}, return_output_node=True)
+    value, output = cast("tuple[Any, Any]", copied)
     graph.output(value).meta.update(output.meta)
     for node in list(graph.nodes):
         _move(node, old, new)

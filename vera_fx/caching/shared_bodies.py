@@ -1,7 +1,6 @@
 """Parts of one model whose graphs compute the same run one function, so that it is compiled once."""
 
 import weakref
-from dataclasses import dataclass, field
 
 from torch.fx import GraphModule
 
@@ -10,7 +9,6 @@ from vera_fx._torch_graphs import copy_of
 from vera_fx.passes import is_outlined, outline_whole
 
 
-@dataclass(slots=True)
 class SharedBodies:
     """The functions that the compiled graphs of a model's parts are calls of.
 
@@ -18,12 +16,11 @@ class SharedBodies:
     equal graphs become calls of one function, which takes all that they read as arguments.
     """
 
-    _bodies: "weakref.WeakValueDictionary[str, GraphModule]" = field(
-        default_factory=lambda: weakref.WeakValueDictionary[str, GraphModule]()
-    )
-    _calls: "weakref.WeakKeyDictionary[GraphModule, GraphModule]" = field(
-        default_factory=lambda: weakref.WeakKeyDictionary[GraphModule, GraphModule]()
-    )
+    def __init__(self) -> None:
+        self._bodies: weakref.WeakValueDictionary[str, GraphModule] = weakref.WeakValueDictionary()
+        self._calls: weakref.WeakKeyDictionary[GraphModule, GraphModule] = (
+            weakref.WeakKeyDictionary()
+        )
 
     def call_of(self, graph: GraphModule) -> GraphModule:
         """A graph that does nothing but call the function of all that compute the same as ``graph``.

@@ -1,7 +1,7 @@
 """Adapted graphs: a captured graph after the passes, for one structure of the bank and its plans."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch.fx import GraphModule
