@@ -4,9 +4,11 @@ A process that fails must not leave the others waiting: whatever can fail is don
 `Processes.agree`, after which all of them know.
 """
 
+import contextlib
+import functools
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -14,10 +16,12 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from vera_fx.errors import AdapterError, ConfigError, first_line, shown
+from vera_fx.errors import AdapterError, ConfigError, first_line, listing, shown
 from vera_fx.processes.checksums import checksums
 
 T = TypeVar("T")
+E = TypeVar("E", bound=Exception)
+_TOLD = "_vera_fx_told"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,38 +63,46 @@ class Processes:
         own: Exception | None = None
         try:
             mine: tuple[str, Any, str | None] = (what, work(), None)
-        except Exception as error:  # noqa: BLE001  # raised below, when the others know
+        except Exception as error:  # raised below, when the others know
             own, mine = error, (what, None, first_line(error))
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, mine, group=self.group)
         if own is not None:
-            raise own
+            raise _told(own)
         self._check(what, found)
         return [value for _, value, _ in found]
 
     def _check(self, what: str, found: Sequence[tuple[str, Any, str | None]]) -> None:
         for rank, (other, _, problem) in enumerate(found):
             if problem is not None:
-                raise AdapterError(
-                    f"process {rank} of {self.size} failed in {other}: {problem}; all of them stop"
+                raise _told(
+                    AdapterError(
+                        f"process {rank} of {self.size} failed in {other}: {problem}; all of them stop"
+                    )
                 )
             if other != what:
-                raise AdapterError(
-                    f"process {self.rank} is at {shown(what)} and process {rank} at {shown(other)}; "
-                    "all processes must add and stop the same jobs at the same steps"
+                raise _told(
+                    AdapterError(
+                        f"process {self.rank} is at {shown(what)} and process {rank} at {shown(other)}; "
+                        "all processes must add and stop the same jobs at the same steps"
+                    )
                 )
 
-    def same(self, what: str, value: object) -> None:
-        """See that all processes have the same.
+    def same(self, what: str, work: Callable[[], object]) -> None:
+        """Do something in every process, and see that all find the same.
 
         Raises:
             ConfigError: they do not.
+            Exception: as `agree`.
         """
-        for rank, other in enumerate(self.agree(what, lambda: value)):
-            if other != value:
-                raise ConfigError(
-                    f"{what}: process {self.rank} has {shown(value)} and process {rank} {shown(other)}; give "
-                    "all of them the same, or each a group of its own to train apart from the others"
+        first, *others = self.agree(what, work)
+        for rank, other in enumerate(others, 1):
+            if other != first:
+                raise _told(
+                    ConfigError(
+                        f"{what}: process 0 has {shown(first)} and process {rank} {shown(other)}; give all of "
+                        "them the same, or each a group of its own to train apart from the others"
+                    )
                 )
 
     def same_tensors(self, what: str, tensors: Mapping[str, Tensor]) -> None:
@@ -102,12 +114,29 @@ class Processes:
         if self.size == 1:
             return
         first, *others = self.agree(what, lambda: checksums(tensors))
-        names = {n for other in others for n in first.keys() | other.keys() if first.get(n) != other.get(n)}
+        names = {
+            name
+            for other in others
+            for name in first.keys() | other.keys()
+            if first.get(name) != other.get(name)
+        }
         if names:
-            raise ConfigError(
-                f"{what} differ between processes, in {shown(sorted(names)[:3])}; load the same files, and "
-                "call torch.manual_seed with one number in all of them before anything is drawn at random"
+            raise _told(
+                ConfigError(
+                    f"{what} differ between processes, in {listing(sorted(names))}; load the same files, and "
+                    "call torch.manual_seed with one number in all of them before anything is drawn at random"
+                )
             )
+
+    @contextlib.contextmanager
+    def telling(self, what: str) -> Iterator[None]:
+        """Around code that calls `agree`: if this process fails in between, the others know at their next."""
+        try:
+            yield
+        except Exception as error:
+            if _TOLD not in error.__dict__:
+                self.agree(what, functools.partial(_raise, error))
+            raise
 
     def add_up_gradients(self, values: Sequence[Tensor]) -> None:
         """Replace gradients by their sums over the processes; None stays where no process has one.
@@ -125,6 +154,16 @@ class Processes:
         present, *sums = flat.split([len(grads), *(grad.numel() for grad in grads)])
         for value, grad, total, some in zip(values, grads, sums, present.tolist(), strict=True):
             value.grad = grad.copy_(total.view_as(grad)) if some else None
+
+
+def _told(error: E) -> E:
+    """Mark an error that all processes raise, each its own."""
+    error.__dict__[_TOLD] = True
+    return error
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 def _widest(values: Sequence[Tensor]) -> torch.dtype:
