@@ -58,7 +58,7 @@ def train_many(  # noqa: PLR0913
         kind: of the loss, as in `row_losses`; None takes it from the model's class.
         tokens_per_pass: cut steps of more tokens, with padding, into passes of rows of like length.
         state: a folder for a state file. If it has one, the run goes on from there.
-        save_every: steps between writes of it; it is also written when a job ends.
+        save_every: steps between writes of it; it is written when a job ends, too.
         progress: rows on the standard error output, or on another stream; False for none.
         on_step: called after every step with the jobs, of which it may add and stop some.
         group: of processes that share the rows of every step; None for torch's default, if there is any.
@@ -67,9 +67,8 @@ def train_many(  # noqa: PLR0913
         ConfigError, AdapterError: a job cannot be trained here, processes differ, or another one failed.
         CheckpointError: the state cannot be read or written, or is of other jobs.
     """
-    processes = processes_of(group)
-    with processes.telling("train_many"):
-        forward = _forward(model, collate, kind, tokens_per_pass, processes)
+    forward = _forward(model, collate, kind, tokens_per_pass, processes_of(group))
+    with forward.processes.telling("train_many"):
         many = _begin(forward, jobs, held_out or {}, state)
         _run(many, None if state is None else path_of(state), save_every, progress, on_step)
         return many.results
