@@ -152,7 +152,8 @@ def with_dropout() -> nn.Module:
 def test_resumed_to_the_bit_by_as_many_processes(tmp_path: Path) -> None:
     """Every process goes on with its own generator; the first alone writes and reads the file."""
     chosen = {name: JOBS[name] for name in ("plain", "short", "head", "rank")}
-    whole, second, folder = with_dropout(), with_dropout(), shared(tmp_path)
+    whole, first, second = with_dropout(), with_dropout(), with_dropout()
+    folder = shared(tmp_path)
     torch.manual_seed(5 + dist.get_rank())
     expected = run(whole, chosen, held_out={})
 
@@ -164,7 +165,7 @@ def test_resumed_to_the_bit_by_as_many_processes(tmp_path: Path) -> None:
     mine = folder if dist.get_rank() == 0 else folder / "nobody writes here"
     options: dict[str, Any] = {"held_out": {}, "state": mine, "save_every": 4}
     with pytest.raises(Cut):
-        run(with_dropout(), chosen, on_step=cut, **options)
+        run(first, chosen, on_step=cut, **options)
     torch.manual_seed(99)
     steps: list[int] = []
     found = run(second, chosen, on_step=lambda _: steps.append(1), **options)

@@ -34,7 +34,7 @@ def test_other_settings_data_or_weights() -> None:
     refused(ConfigError, "job 'plain': process 0 has .* process 1", on(1, {"plain": other}, PLAIN))
     fewer = (JOBS["plain"][0], examples(19, 1), JOBS["plain"][2])
     refused(ConfigError, "job 'plain': process 0 has", on(0, {"plain": fewer}, PLAIN))
-    refused(AdapterError, "is at .*job 'plain'.*at .*job 'other'", on(1, {"other": other}, PLAIN))
+    refused(AdapterError, "is at .*job .*and process . at .*job ", on(1, {"other": other}, PLAIN))
     model = classifier()
     if dist.get_rank() == 1:
         with torch.no_grad():

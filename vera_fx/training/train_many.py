@@ -70,8 +70,7 @@ def train_many(  # noqa: PLR0913
     forward = _forward(model, collate, kind, tokens_per_pass, processes_of(group))
     with forward.processes.telling("train_many"):
         many = _begin(forward, jobs, held_out or {}, state)
-        _run(many, None if state is None else path_of(state), save_every, progress, on_step)
-        return many.results
+        return _run(many, None if state is None else path_of(state), save_every, progress, on_step)
 
 
 def _run(
@@ -80,7 +79,7 @@ def _run(
     save_every: int,
     progress: bool | TextIO,
     on_step: Callable[[ManyJobs], None] | None,
-) -> None:
+) -> TrainResults:
     if on_step is None:
         many.check_complete()
     with _training(many):
@@ -90,6 +89,7 @@ def _run(
             if folder is not None and (step % save_every == 0 or many.has_ended()):
                 many.save(folder)
     many.processes.agree("the end", lambda: None)
+    return many.results
 
 
 def _forward(
