@@ -1,16 +1,18 @@
 """Rows of several jobs through the base at once: batches, losses, gradients, evaluations."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from vera_fx.errors import ConfigError
 from vera_fx.mixing.gather import TableNames
+from vera_fx.processes.group import Processes
 from vera_fx.training.examples import Batch, Collate, Example, length_of, packed
 from vera_fx.training.job import Job
 from vera_fx.training.row_losses import RowLosses, kind_of_loss, label_counts, row_losses
@@ -31,6 +33,7 @@ class Forward:
         kind: of the loss (`row_losses`); None until the first batch tells it.
         most: tokens of a pass with its padding; None for one pass, however large.
         figures: passes, tokens in them, and how many of these were examples' own.
+        processes: which share the rows; each takes its part of them through the model.
     """
 
     model: nn.Module
@@ -39,6 +42,7 @@ class Forward:
     kind: str | None = None
     most: int | None = None
     figures: Counter[str] = field(default_factory=Counter[str])
+    processes: Processes = field(default_factory=Processes)
 
     def batches(self, rows: Sequence[Row]) -> Iterator[tuple[list[str], Batch]]:
         """The rows in passes: whose each row is, and the batch, still on the CPU.
@@ -47,7 +51,7 @@ class Forward:
             ConfigError: the batch has no labels, or another number of rows.
         """
         lengths = [length_of(example) for _, example in rows]
-        for chosen in packed(lengths, self.most):
+        for chosen in packed(lengths, self.most) if rows else ():
             batch = dict(self.collate([rows[row][1] for row in chosen]))
             labels = batch.get("labels")
             if not isinstance(labels, Tensor) or len(labels) != len(chosen):
@@ -71,17 +75,69 @@ class Forward:
         return row_losses(self.model, logits, batch["labels"], kind=self.kind), logits
 
 
-def gradients(forward: Forward, rows: Sequence[Row], tables: Tables) -> dict[str, float]:
+def gradients(
+    forward: Forward, rows: Iterable[Row], tables: Tables, what: str = "a step"
+) -> dict[str, float]:
     """Add each job's gradient to its rows of the tables; the losses, each a mean over its own tokens.
 
     A job's loss is a sum over its rows divided by its count of labels, which is known before: so it
-    does not matter which rows go through the base together, nor in how many passes.
+    does not matter which rows go through the base together, in how many passes, nor in which process.
+
+    Args:
+        forward: the model.
+        rows: of this process.
+        tables: the jobs' values.
+        what: the step that all processes must be at.
     """
-    batches = list(forward.batches(rows))
-    counts, found = Counter[str](), dict[str, Any]()
+    batches: list[tuple[list[str], Batch]] = []
+    counts = _together(forward, what, lambda: _counted(forward, rows, batches))
+    losses = _together(
+        forward, "forward and backward", lambda: _backward(forward, batches, counts, tables)
+    )
+    forward.processes.add_up_gradients([table.values for table in tables.by_key.values()])
+    return losses
+
+
+def _together(
+    forward: Forward, what: str, work: Callable[[], Mapping[str, float]]
+) -> dict[str, float]:
+    """The sums over all processes of what each finds; the figures become those of all, too."""
+    before = forward.figures.copy()
+
+    def own() -> tuple[Mapping[str, float], Counter[str], str | None]:
+        return work(), forward.figures - before, forward.kind
+
+    found = forward.processes.agree(what, own)
+    forward.figures = before
+    sums: dict[str, float] = {}
+    for values, figures, kind in found:
+        forward.kind = forward.kind or kind
+        forward.figures.update(figures)
+        for name, value in values.items():
+            sums[name] = sums[name] + value if name in sums else value
+    return sums
+
+
+def _counted(
+    forward: Forward, rows: Iterable[Row], batches: list[tuple[list[str], Batch]]
+) -> Counter[str]:
+    """Make the batches, and count each job's labels in them."""
+    batches += forward.batches(list(rows))
+    counts = Counter[str]()
     for names, batch in batches:
         for name, count in zip(names, _counts(forward, batch), strict=True):
             counts[name] += count
+    return counts
+
+
+def _backward(
+    forward: Forward,
+    batches: Iterable[tuple[list[str], Batch]],
+    counts: Mapping[str, float],
+    tables: Tables,
+) -> dict[str, float]:
+    """The gradients of this process's rows, and their share of each job's loss."""
+    found: dict[str, float] = {}
     for names, batch in batches:
         losses, _ = forward.losses(names, batch, tables)
         shares = torch.tensor([1 / max(counts[name], 1) for name in names])
@@ -108,26 +164,32 @@ def evaluate(
         tables: their values.
         rows: most rows of a pass.
     """
-    sums, counts, hits = Counter[str](), Counter[str](), Counter[str]()
+    jobs = list(jobs)
+    found = _together(forward, "an evaluation", lambda: _evaluated(forward, jobs, tables, rows))
+    judged: dict[str, tuple[float, float | None]] = {}
+    for name in [job.name for job in jobs if f"loss {job.name}" in found]:
+        loss, count, hits = (found[f"{what} {name}"] for what in ("loss", "count", "hits"))
+        right = hits / count if forward.kind == "classes" and count else None
+        judged[name] = loss / max(count, 1), right
+    return judged
+
+
+def _evaluated(forward: Forward, jobs: Iterable[Job], tables: Tables, rows: int) -> Counter[str]:
+    """Sums of losses, labels and right answers over this process's share of the examples."""
+    found = Counter[str]()
     every = (
-        (job.name, held[at]) for job in jobs if (held := job.held_out) for at in range(len(held))
+        (job.name, held, at) for job in jobs if (held := job.held_out) for at in range(len(held))
     )
     while chunk := list(islice(every, rows)):
-        for names, batch in forward.batches(chunk):
+        mine = [(name, held[at]) for name, held, at in forward.processes.share(chunk)]
+        for names, batch in forward.batches(mine):
             losses, logits = forward.losses(names, batch, tables)
             right = _right(forward, logits, batch["labels"])
-            found = zip(names, losses.sums.tolist(), losses.counts.tolist(), right, strict=True)
-            for name, loss, count, hit in found:
-                sums[name] += loss  # type: ignore[assignment]
-                counts[name] += count
-                hits[name] += hit
-    return {
-        name: (
-            sums[name] / max(counts[name], 1),
-            hits[name] / counts[name] if forward.kind == "classes" and counts[name] else None,
-        )
-        for name in sums
-    }
+            each = zip(names, losses.sums.tolist(), losses.counts.tolist(), right, strict=True)
+            for name, *values in each:
+                for what, value in zip(("loss", "count", "hits"), values, strict=True):
+                    found[f"{what} {name}"] += value
+    return found
 
 
 def _right(forward: Forward, logits: Tensor, labels: Tensor) -> list[int]:
@@ -135,3 +197,37 @@ def _right(forward: Forward, logits: Tensor, labels: Tensor) -> list[int]:
     if forward.kind != "classes":
         return [0] * len(labels)
     return (logits.argmax(-1) == labels.to(logits.device)).int().tolist()
+
+
+def base_and_call(model: nn.Module) -> tuple[nn.Module, Any]:
+    """The model itself, and what is called: it, or what ``torch.compile`` made of it.
+
+    `DistributedDataParallel` is left aside: it would reduce the adapters' own parameters, and what
+    trains are tables of them.
+
+    Raises:
+        ConfigError: the model was wrapped in `DistributedDataParallel` and then compiled.
+    """
+    while isinstance(model, DistributedDataParallel):
+        model = model.module
+    base = getattr(model, "_orig_mod", model)
+    if isinstance(base, DistributedDataParallel):
+        raise ConfigError(
+            "train_many reduces gradients itself and cannot take DistributedDataParallel out of a compiled "
+            "model; give it torch.compile(model) without the wrapper"
+        )
+    return base, model
+
+
+class modes_kept:  # noqa: N801  # a context manager
+    """Afterwards every module is in the mode, train or eval, in which it was."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modes = [(module, module.training) for module in model.modules()]
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        for module, mode in self._modes:
+            module.training = mode

@@ -4,9 +4,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from vera_fx.bank.bank import bank_of
+from vera_fx.base.targets import with_default_targets
 from vera_fx.config import AdapterConfig
+from vera_fx.errors import AdapterError, ConfigError
+from vera_fx.model.adapt import adapt
+from vera_fx.model.adapters import add_adapter
+from vera_fx.model.model_class import is_adapted
 from vera_fx.training.examples import Examples, Order
 from vera_fx.training.settings import TrainSettings
 
@@ -101,3 +107,29 @@ class Job:
     def fingerprint(self) -> str:
         """What a state file must have been made with to go on from it."""
         return f"{self.config!r} {self.settings!r} {len(self.dataset)} examples"
+
+
+def adapter_for(model: nn.Module, name: str, config: AdapterConfig | None) -> AdapterConfig:
+    """See that the model has an adapter of that name that can be trained; its configuration.
+
+    Raises:
+        AdapterError: it cannot be trained.
+        ConfigError: there is no configuration, or it is another.
+    """
+    if not is_adapted(model) or name not in bank_of(model).adapters:
+        if config is None:
+            raise ConfigError(f"the model has no adapter {name!r}; give its configuration")
+        if is_adapted(model):
+            add_adapter(model, name, config)
+        else:
+            adapt(model, config, adapter_name=name)
+    adapter = bank_of(model).adapter(name)
+    if config is not None and with_default_targets(model, config) != adapter.config:
+        raise ConfigError(
+            f"the adapter {name!r} exists with {adapter.config!r}, which is not {config!r}; give None to "
+            "train it further, or another name"
+        )
+    if not adapter.trainable or adapter.kind.not_mixed:
+        why = adapter.kind.not_mixed or "it was made for inference (vera_fx.set_trainable)"
+        raise AdapterError(f"adapter {name!r} cannot train beside others: {why}")
+    return adapter.config

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,24 +10,24 @@ import torch
 from torch import Tensor, nn
 
 from vera_fx.bank.bank import bank_of
-from vera_fx.base.targets import with_default_targets
 from vera_fx.config import AdapterConfig
 from vera_fx.errors import AdapterError, ConfigError, shown
-from vera_fx.model.adapt import adapt
-from vera_fx.model.adapters import add_adapter
-from vera_fx.model.model_class import is_adapted
+from vera_fx.processes.checksums import Checksum, checksums
+from vera_fx.processes.group import Processes
 from vera_fx.training.adamw import gradient_norms, update
 from vera_fx.training.examples import Examples, Order
-from vera_fx.training.forward import Forward, Row, evaluate, gradients
-from vera_fx.training.job import DIVERGED, FINISHED, STOPPED, Job
+from vera_fx.training.forward import Forward, evaluate, gradients, modes_kept
+from vera_fx.training.job import DIVERGED, FINISHED, STOPPED, Job, adapter_for
 from vera_fx.training.results import TrainResults
 from vera_fx.training.settings import TrainSettings
 from vera_fx.training.state_file import (
     Saved,
     State,
+    by_rank,
     check_none_left,
     check_same,
     generator_states,
+    of_rank,
     read_state,
     restore_generators,
     write_state,
@@ -64,6 +64,11 @@ class ManyJobs:
         return self.forward.model
 
     @property
+    def processes(self) -> Processes:
+        """The processes that share the rows."""
+        return self.forward.processes
+
+    @property
     def running(self) -> list[Job]:
         """The jobs that have not ended, in the order in which they came."""
         return [job for job in self.jobs.values() if job.runs]
@@ -74,7 +79,8 @@ class ManyJobs:
         figures = self.forward.figures
         share = 1 - figures["own"] / figures["tokens"] if figures["tokens"] else 0.0
         found = {name: job.progress for name, job in self.jobs.items()}
-        return TrainResults(found, self._seconds, figures["passes"], share)
+        first = self.processes.is_first
+        return TrainResults(found, self._seconds, figures["passes"], share, writes=first)
 
     def add(
         self,
@@ -99,6 +105,19 @@ class ManyJobs:
             ConfigError: no examples, no configuration, or another than the adapter has.
             CheckpointError: the state has a job of this name that is another.
         """
+        self.processes.same(
+            f"job {name!r}", lambda: self._add(name, config, dataset, settings, held_out)
+        )
+
+    def _add(
+        self,
+        name: str,
+        config: AdapterConfig | None,
+        dataset: Examples,
+        settings: TrainSettings,
+        held_out: Examples | None,
+    ) -> tuple[str, int, Mapping[str, Checksum]]:
+        """As `add`; what all processes must have alike of the job."""
         if name in self.jobs:
             raise AdapterError(f"there is a job {name!r} already; give every job a name of its own")
         if not isinstance(settings, TrainSettings) or not len(dataset):
@@ -106,10 +125,13 @@ class ManyJobs:
                 f"job {name!r} needs TrainSettings and examples, got {shown(settings)} and "
                 f"{len(dataset)} examples"
             )
-        config = _adapter_for(self.model, name, config)
+        config = adapter_for(self.model, name, config)
         order = Order(settings, len(dataset))
         job = self.jobs[name] = Job(name, config, dataset, settings, held_out, order)
         self._lay_out({name: self._found(job)})
+        own = bank_of(self.model).adapter(name).named_parameters()
+        sums = checksums(dict(own)) if self.processes.size > 1 else {}
+        return job.fingerprint, len(held_out or ()), sums
 
     def _found(self, job: Job) -> Mapping[str, TableRow] | None:
         """What the state has of a new job; a job that had ended gets its values at once."""
@@ -143,11 +165,11 @@ class ManyJobs:
     def step(self) -> None:
         """One step of every job that runs."""
         start, jobs = time.perf_counter(), self.running
-        rows: list[Row] = [
-            (job.name, job.dataset[at]) for job in jobs for at in job.order.at(job.progress.step)
-        ]
+        rows = [(job, at) for job in jobs for at in job.order.at(job.progress.step)]
         own = self.forward.figures["own"]
-        losses = gradients(self.forward, rows, self.tables)
+        mine = ((job.name, job.dataset[at]) for job, at in self.processes.share(rows))
+        what = f"a step of {', '.join(f'{job.name} ({job.progress.step})' for job in jobs)}"
+        losses = gradients(self.forward, mine, self.tables, what)
         own = self.forward.figures["own"] - own
         norms = gradient_norms(self.tables, [job.name for job in jobs])
         fine = [
@@ -206,9 +228,19 @@ class ManyJobs:
     def save(self, folder: Path) -> None:
         """Write all there is to a state file, from which `train_many` goes on.
 
+        In several processes all of them call this, and the first writes.
+
         Raises:
             CheckpointError: it cannot be written.
         """
+        processes = self.processes
+        states = processes.agree("saving", lambda: generator_states(self._device))
+        if processes.is_first:
+            processes.agree("writing", lambda: write_state(folder, self._state(states)))
+        else:
+            processes.agree("writing", lambda: None)
+
+    def _state(self, generators: Sequence[dict[str, Tensor]]) -> State:
         there = bank_of(self.model).adapters
         ended = tables_for(
             self.model, {n: None for n, j in self.jobs.items() if not j.runs and n in there}
@@ -218,20 +250,23 @@ class ManyJobs:
             rows = self.tables.rows(name) if job.runs else _values_of(ended, name)
             jobs[name] = Saved(job.fingerprint, job.progress, rows, _dict(job.kept))
         figures = {"seconds": self._seconds, **self.forward.figures}
-        write_state(folder, State(jobs, figures, generator_states(self._device)))
+        return State(jobs, figures, by_rank(generators))
 
     def resume(self, folder: Path) -> None:
         """Take over what a folder has, before jobs are added; nothing if it has no state.
 
+        In several processes the first reads it for all.
+
         Raises:
             CheckpointError: the state cannot be read.
         """
-        state = read_state(folder)
-        if state is not None:
+        first = self.processes.is_first
+        found = self.processes.agree("reading", lambda: read_state(folder) if first else None)
+        if (state := found[0]) is not None:
             self._saved = state.jobs
             self._seconds = state.figures.pop("seconds")
             self.forward.figures.update(state.figures)
-            restore_generators(state.generators, self._device)
+            restore_generators(of_rank(state.generators, self.processes.rank), self._device)
 
     def check_complete(self) -> None:
         """Refuse a call that forgets jobs which the state has, unless later steps may add them.
@@ -246,49 +281,9 @@ class ManyJobs:
         return next(self.model.parameters()).device
 
 
-class modes_kept:  # noqa: N801  # a context manager
-    """Afterwards every module is in the mode, train or eval, in which it was."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._modes = [(module, module.training) for module in model.modules()]
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: object) -> None:
-        for module, mode in self._modes:
-            module.training = mode
-
-
 def _values_of(tables: Tables, name: str) -> dict[str, TableRow]:
     return {key: {"values": row["values"]} for key, row in tables.rows(name).items()}
 
 
 def _dict(kept: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
     return None if kept is None else dict(kept)
-
-
-def _adapter_for(model: nn.Module, name: str, config: AdapterConfig | None) -> AdapterConfig:
-    """See that the model has an adapter of that name that can be trained; its configuration.
-
-    Raises:
-        AdapterError: it cannot be trained.
-        ConfigError: there is no configuration, or it is another.
-    """
-    if not is_adapted(model) or name not in bank_of(model).adapters:
-        if config is None:
-            raise ConfigError(f"the model has no adapter {name!r}; give its configuration")
-        if is_adapted(model):
-            add_adapter(model, name, config)
-        else:
-            adapt(model, config, adapter_name=name)
-    adapter = bank_of(model).adapter(name)
-    if config is not None and with_default_targets(model, config) != adapter.config:
-        raise ConfigError(
-            f"the adapter {name!r} exists with {adapter.config!r}, which is not {config!r}; give None to "
-            "train it further, or another name"
-        )
-    if not adapter.trainable or adapter.kind.not_mixed:
-        why = adapter.kind.not_mixed or "it was made for inference (vera_fx.set_trainable)"
-        raise AdapterError(f"adapter {name!r} cannot train beside others: {why}")
-    return adapter.config

@@ -23,12 +23,14 @@ class TrainResults(Mapping[str, Progress]):
         seconds: of the whole run, what came before a resumption included.
         passes: passes through the base.
         padding: share of the tokens in these passes that were padding.
+        writes: whether `save` writes; of several processes the first alone does.
     """
 
     jobs: Mapping[str, Progress]
     seconds: float
     passes: int
     padding: float
+    writes: bool = True
 
     def __getitem__(self, name: str) -> Progress:
         return self.jobs[name]
@@ -59,10 +61,14 @@ class TrainResults(Mapping[str, Progress]):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the results as JSON: the old file or the new one, whole.
 
+        In several processes the first writes, and the others do nothing.
+
         Raises:
             CheckpointError: the file cannot be written.
         """
         target = path_of(path)
+        if not self.writes:
+            return
         try:
             with moved_into(target.parent) as folder:
                 text = json.dumps(self.as_dict(), indent=2) + "\n"

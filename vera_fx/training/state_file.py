@@ -1,7 +1,7 @@
 """The state of many jobs on disk: one file that is there whole or not at all, and nothing in it is code."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ class State:
     Attributes:
         jobs: by name.
         figures: the run's seconds, passes and tokens so far.
-        generators: states of torch's random generators, by device.
+        generators: states of torch's random generators, by device (`by_rank`).
     """
 
     jobs: dict[str, Saved]
@@ -157,6 +157,25 @@ def generator_states(device: torch.device) -> dict[str, Tensor]:
     if device.type == "cuda":
         found["cuda"] = torch.cuda.get_rng_state(device)
     return found
+
+
+def by_rank(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The generators of all processes under one another: the first ones keep their names."""
+    return {
+        f"{rank}.{device}" if rank else device: state
+        for rank, own in enumerate(states)
+        for device, state in own.items()
+    }
+
+
+def of_rank(states: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """One process's generators out of `by_rank`; none if there were fewer processes."""
+    start = f"{rank}." if rank else ""
+    return {
+        device.removeprefix(start): state
+        for device, state in states.items()
+        if device.startswith(start) and ("." in device) == bool(rank)
+    }
 
 
 def restore_generators(states: Mapping[str, Tensor], device: torch.device) -> None:

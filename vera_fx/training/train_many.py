@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TextIO
 
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from vera_fx.bank.bank import bank_of
 from vera_fx.base.modules import original_class
@@ -14,9 +15,10 @@ from vera_fx.checkpoint.saved import path_of
 from vera_fx.config import AdapterConfig
 from vera_fx.errors import AdapterError, ConfigError
 from vera_fx.model.model_class import is_adapted
+from vera_fx.processes.group import Processes, processes_of
 from vera_fx.training.examples import Collate, Examples, padding_for
-from vera_fx.training.forward import Forward
-from vera_fx.training.many import ManyJobs, modes_kept
+from vera_fx.training.forward import Forward, base_and_call, modes_kept
+from vera_fx.training.many import ManyJobs
 from vera_fx.training.progress import ProgressRows
 from vera_fx.training.results import TrainResults
 from vera_fx.training.settings import TrainSettings
@@ -41,12 +43,12 @@ def train_many(  # noqa: PLR0913
     save_every: int = 100,
     progress: bool | TextIO = True,
     on_step: Callable[[ManyJobs], None] | None = None,
+    group: ProcessGroup | None = None,
 ) -> TrainResults:
     """Train many adapters at once: the rows of all jobs go through the frozen base in one batch.
 
-    Every job ends with the vectors that it would have reached alone, to rounding, with a loss, an
-    AdamW and a schedule of its own; one whose loss or gradient is not finite ends with its last finite
-    values (``docs/train_many.md``).
+    Every job ends with the vectors that it would have reached alone, to rounding, with its own loss, AdamW
+    and schedule; one whose loss or gradient is not finite ends with its last finite values.
 
     Args:
         model: a model, adapted or not, or what ``torch.compile`` made of one.
@@ -56,17 +58,19 @@ def train_many(  # noqa: PLR0913
         kind: of the loss, as in `row_losses`; None takes it from the model's class.
         tokens_per_pass: cut steps of more tokens, with padding, into passes of rows of like length.
         state: a folder for a state file. If it has one, the run goes on from there.
-        save_every: steps between writes of it; it is also written when a job ends.
+        save_every: steps between writes of it; it is written when a job ends, too.
         progress: rows on the standard error output, or on another stream; False for none.
         on_step: called after every step with the jobs, of which it may add and stop some.
+        group: of processes that share the rows of every step; None for torch's default, if there is any.
 
     Raises:
-        ConfigError, AdapterError: a job cannot be trained, or not beside others.
+        ConfigError, AdapterError: a job cannot be trained here, processes differ, or another one failed.
         CheckpointError: the state cannot be read or written, or is of other jobs.
     """
-    many = _begin(model, jobs, held_out or {}, collate, kind, tokens_per_pass, state)
-    _run(many, None if state is None else path_of(state), save_every, progress, on_step)
-    return many.results
+    forward = _forward(model, collate, kind, tokens_per_pass, processes_of(group))
+    with forward.processes.telling("train_many"):
+        many = _begin(forward, jobs, held_out or {}, state)
+        return _run(many, None if state is None else path_of(state), save_every, progress, on_step)
 
 
 def _run(
@@ -75,7 +79,7 @@ def _run(
     save_every: int,
     progress: bool | TextIO,
     on_step: Callable[[ManyJobs], None] | None,
-) -> None:
+) -> TrainResults:
     if on_step is None:
         many.check_complete()
     with _training(many):
@@ -84,19 +88,32 @@ def _run(
                 on_step(many)
             if folder is not None and (step % save_every == 0 or many.has_ended()):
                 many.save(folder)
+    many.processes.agree("the end", lambda: None)
+    return many.results
 
 
-def _begin(
+def _forward(
     model: nn.Module,
-    jobs: Mapping[str, JobSpec],
-    held_out: Mapping[str, Examples],
     collate: Collate | None,
     kind: str | None,
     tokens_per_pass: int | None,
+    processes: Processes,
+) -> Forward:
+    base, call = base_and_call(model)
+    pad = getattr(getattr(base, "config", None), "pad_token_id", None)
+    forward = Forward(base, call, collate or padding_for(pad), kind, tokens_per_pass)
+    forward.processes = processes
+    return forward
+
+
+def _begin(
+    forward: Forward,
+    jobs: Mapping[str, JobSpec],
+    held_out: Mapping[str, Examples],
     state: str | os.PathLike[str] | None,
 ) -> ManyJobs:
     """The jobs, checked and laid out; where a state has them, as they were then."""
-    base = getattr(model, "_orig_mod", model)
+    base, many = forward.model, ManyJobs(forward)
     strangers = sorted(held_out.keys() - jobs.keys())
     if not jobs or strangers:
         raise ConfigError(
@@ -104,13 +121,13 @@ def _begin(
             + (f" and examples for {strangers}" if strangers else "")
         )
     _check_state(base)
-    pad = getattr(getattr(base, "config", None), "pad_token_id", None)
-    many = ManyJobs(Forward(base, model, collate or padding_for(pad), kind, tokens_per_pass))
     if state is not None:
         many.resume(path_of(state))
     for name, job in jobs.items():
         config, dataset, settings = _parts(name, job)
         many.add(name, config, dataset, settings, held_out.get(name))
+    weights = {**dict(base.named_parameters()), **dict(base.named_buffers())}
+    forward.processes.same_tensors("the model's weights", weights)
     return many
 
 
@@ -145,7 +162,8 @@ def _training(many: ManyJobs) -> Iterator[None]:
 
 def _steps(many: ManyJobs, progress: bool | TextIO) -> Iterator[int]:
     """Make steps until no job runs; gives how many there were after each."""
-    shown = None if progress is False else ProgressRows(None if progress is True else progress)
+    quiet = progress is False or not many.processes.is_first
+    shown = None if quiet else ProgressRows(None if progress is True else progress)
     step = 0
     while many.running:
         many.step()
