@@ -162,8 +162,9 @@ def _training(many: ManyJobs) -> Iterator[None]:
 
 def _steps(many: ManyJobs, progress: bool | TextIO) -> Iterator[int]:
     """Make steps until no job runs; gives how many there were after each."""
-    quiet = progress is False or not many.processes.is_first
-    shown = None if quiet else ProgressRows(None if progress is True else progress)
+    shown = None
+    if progress is not False and many.processes.is_first:
+        shown = ProgressRows(None if progress is True else progress)
     step = 0
     while many.running:
         many.step()
