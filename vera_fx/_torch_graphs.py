@@ -53,7 +53,7 @@ class LiveGraph(Unmarked, GraphModule):
         return super().recompile()
 
 
-def copy_of(bound: GraphModule) -> GraphModule:
+def copy_of(bound: GraphModule) -> LiveGraph:
     """A second graph over the same live model; not to run before a pipeline or `recompile`."""
     copy = LiveGraph(nn.Module(), Graph())
     copy.__dict__.update({k: v for k, v in bound.__dict__.items() if k != "_graph"})

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import vera_fx
 from tests.helpers import assert_close, assert_far_apart, fill_vectors
+from vera_fx.caching import shared_bodies
 
 X = torch.randn(3, 6, generator=torch.Generator().manual_seed(1)) + 1.0
 
@@ -261,3 +262,31 @@ def test_layers_that_are_compiled_by_themselves() -> None:
     assert len(graphs) == 2
     assert_close(model(2 * X), by_hooks(model, 2 * X))
     assert len(graphs) == 2
+
+
+class Fused(nn.Module):
+    """A linear layer with a kernel of its own, which graphs call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.tall = 6, 10
+        self.packed = nn.Parameter(torch.randn(6, 10), requires_grad=False)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return rows @ self.packed
+
+
+def test_graphs_that_call_modules_are_looked_at_once() -> None:
+    """They keep a function each, and are not copied anew with every call to find that out."""
+    base = Branching(count=3)
+    with vera_fx.register_base_product(Fused, in_features="wide", out_features="tall"):
+        for layer in base.layers:
+            layer.up = Fused()
+        model = adapted(base, target_modules=["up"])
+        compiled = torch.compile(model, backend="eager")
+        with mock.patch.object(shared_bodies, "copy_of", wraps=shared_bodies.copy_of) as copies:
+            assert_close(compiled(X), by_hooks(model, X))
+            before = copies.call_count
+            assert before
+            assert_close(compiled(X), by_hooks(model, X))
+            assert copies.call_count == before

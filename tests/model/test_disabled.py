@@ -8,31 +8,11 @@ from typing import Any
 import peft
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import vera_fx
 from tests.helpers import assert_close, fill_vectors
-
-X = torch.randn(4, 5, generator=torch.Generator().manual_seed(3))
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.lin, self.head = nn.Linear(5, 7), nn.Linear(7, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.lin(x)))
-
-
-def net() -> Any:
-    torch.manual_seed(0)
-    config = vera_fx.VeraConfig(r=3, target_modules=["lin"], modules_to_save=["head"])
-    model = vera_fx.adapt(Net().eval(), config)
-    fill_vectors(model)
-    with torch.no_grad():
-        model.vera.adapter("default").copies.by_path["head"].weight.mul_(2)
-    return model
+from tests.model.test_merge_state import Net, X, net
 
 
 def pickled(model: nn.Module) -> Any:

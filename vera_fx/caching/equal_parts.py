@@ -7,18 +7,19 @@ They are equal if all that their code may read is, by content; but for attribute
 import weakref
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
-from torch.fx import Graph, Node
+from torch.fx import Node
 
+from vera_fx._torch_graphs import copy_of
 from vera_fx.base.modules import in_bank, original_class
 from vera_fx.caching.attribute_reads import ALL
 from vera_fx.caching.captures import captured
 from vera_fx.caching.content import Unreadable
 from vera_fx.caching.key import key_of
 from vera_fx.capturing.budget import Opening
-from vera_fx.capturing.export_call import CONSTANT, Capture, Exported, cleaned, live_graph
+from vera_fx.capturing.export_call import CONSTANT, Capture, Exported, cleaned
 from vera_fx.capturing.facts import fact
 from vera_fx.capturing.signature import Call, CallReader
 
@@ -142,22 +143,19 @@ def _moved(capture: Capture, model: nn.Module, old: str, new: str) -> Exported |
     The graph may hold more of the model than the part's: what a part takes from outside, or what
     goes by another name, as tensors that several parts share do.
     """
-    constants = {n: v for n, v in capture.graph.__dict__.items() if n.startswith(CONSTANT)}
     reads = capture.graph.graph.find_nodes(op="get_attr")
-    read = {str(node.target) for node in reads if node.users} - constants.keys()
+    names = {str(node.target) for node in reads if node.users}
+    read = {name for name in names if not name.startswith(CONSTANT)}
     paths = read | capture.checkpointed
     if capture.aliased or not all(path.startswith(f"{old}.") for path in paths):
         return None
     if not {new + path.removeprefix(old) for path in read} <= _own_names(model):
         return None
-    graph = Graph()
-    copied = graph.graph_copy(capture.graph.graph, {}, return_output_node=True)
-    value, output = cast("tuple[Any, Any]", copied)
-    graph.output(value).meta.update(output.meta)
-    for node in list(graph.nodes):
+    graph = copy_of(capture.graph)
+    for node in list(graph.graph.nodes):
         _move(node, old, new)
     return Exported(
-        graph=live_graph(graph, model, constants),
+        graph=graph,
         out_spec=capture.out_spec,
         opening=capture.opening,
         checkpointed=frozenset(_path(path, old, new) for path in capture.checkpointed),

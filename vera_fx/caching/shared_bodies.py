@@ -18,7 +18,7 @@ class SharedBodies:
 
     def __init__(self) -> None:
         self._bodies: weakref.WeakValueDictionary[str, GraphModule] = weakref.WeakValueDictionary()
-        self._calls: weakref.WeakKeyDictionary[GraphModule, GraphModule] = (
+        self._calls: weakref.WeakKeyDictionary[GraphModule, GraphModule | None] = (
             weakref.WeakKeyDictionary()
         )
 
@@ -28,15 +28,10 @@ class SharedBodies:
         The graph itself, if it calls functions of its own, or modules: other modules are other code.
         """
         if graph not in self._calls:
-            made = self._made(graph)
-            if made is None:
-                return graph
-            self._calls[graph] = made
-        return self._calls[graph]
+            self._calls[graph] = None if is_outlined(graph.graph) else self._made(graph)
+        return self._calls[graph] or graph
 
     def _made(self, graph: GraphModule) -> GraphModule | None:
-        if is_outlined(graph.graph):
-            return None
         calling = copy_of(graph)
         if not outline_whole(calling, self._bodies):
             return None

@@ -73,7 +73,6 @@ def _reduce(self: Any, _protocol: Any) -> tuple[Any, ...]:
 def _forward_for(base: type[nn.Module]) -> Callable[..., Any]:
     @skip_frame
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        break_trace()
         run = current_run()
         if run is None and in_backward():
             # A checkpoint computes the part once more, and wants the tensors that its graph kept.
@@ -82,6 +81,7 @@ def _forward_for(base: type[nn.Module]) -> Callable[..., Any]:
         if is_capturing() or traced_by_others():
             return base.forward(self, *args, **kwargs)
         if run is not None:
+            break_trace()
             return run.call(self, base, args, kwargs)
         start = remembered(self, "start")
         return (

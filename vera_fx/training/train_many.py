@@ -101,9 +101,8 @@ def _forward(
 ) -> Forward:
     base, call = base_and_call(model)
     pad = getattr(getattr(base, "config", None), "pad_token_id", None)
-    forward = Forward(base, call, collate or padding_for(pad), kind, tokens_per_pass)
-    forward.processes = processes
-    return forward
+    gather = collate or padding_for(pad)
+    return Forward(base, call, gather, kind, tokens_per_pass, processes=processes)
 
 
 def _begin(

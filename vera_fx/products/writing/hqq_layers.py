@@ -5,9 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vera_fx.products.writing.rewriting import Held, Rewriting
-
-_FOUR_BITS = 4
+from vera_fx.products.writing.rewriting import FOUR_BITS, Held, Rewriting
 
 
 def refusal(module: nn.Module) -> str | None:
@@ -46,7 +44,7 @@ def restore(module: nn.Module, held: Held) -> None:
 def is_coarse(module: nn.Module) -> bool:
     """As the layer says."""
     layer: Any = module
-    return layer.meta["nbits"] <= _FOUR_BITS
+    return layer.meta["nbits"] <= FOUR_BITS
 
 
 REWRITING = Rewriting(write, stored, restore, is_coarse, refusal)

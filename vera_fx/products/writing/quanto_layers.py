@@ -4,9 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vera_fx.products.writing.rewriting import Held, Rewriting
-
-_FOUR_BITS = 4
+from vera_fx.products.writing.rewriting import FOUR_BITS, Rewriting, parameter_of, restore_parameter
 
 
 def write(module: nn.Module, dense: Tensor) -> None:
@@ -18,21 +16,10 @@ def write(module: nn.Module, dense: Tensor) -> None:
     layer.weight.requires_grad_(trains)
 
 
-def stored(module: nn.Module) -> Held:
-    """The parameter, which holds everything."""
-    return {"weight": module.weight}
-
-
-def restore(module: nn.Module, held: Held) -> None:
-    """Let the layer have it again."""
-    layer: Any = module
-    layer.weight = held["weight"]
-
-
 def is_coarse(module: nn.Module) -> bool:
     """As the layer says."""
     layer: Any = module
-    return layer.weight_qtype.bits <= _FOUR_BITS
+    return layer.weight_qtype.bits <= FOUR_BITS
 
 
-REWRITING = Rewriting(write, stored, restore, is_coarse)
+REWRITING = Rewriting(write, parameter_of, restore_parameter, is_coarse)

@@ -10,6 +10,20 @@ Held = dict[str, Any]
 """What holds a module's weight, by attribute: the very objects."""
 
 
+FOUR_BITS = 4
+"""Up to here writing has to be asked for."""
+
+
+def parameter_of(module: nn.Module) -> Held:
+    """What holds the weight where the parameter holds everything."""
+    return {"weight": module.weight}
+
+
+def restore_parameter(module: nn.Module, held: Held) -> None:
+    """Let a module have that parameter again."""
+    module.weight = held["weight"]
+
+
 def _never(module: nn.Module) -> str | None:
     del module
     return None

@@ -15,13 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from vera_fx.errors import first_line
-from vera_fx.products.writing.rewriting import Held, Rewriting
+from vera_fx.products.writing.rewriting import FOUR_BITS, Rewriting, parameter_of, restore_parameter
 
 _CHOSEN_ANEW = ("scale", "zero_point", "custom_scale", "custom_zero_point")
 """Arguments that `from_hp` computes where they are not given, from the values."""
 
 _MAPPINGS = ("SYMMETRIC", "SYMMETRIC_NO_CLIPPING_ERR", "ASYMMETRIC")
-_FOUR_BITS = 4
 
 
 def _weight(module: nn.Module) -> Any:
@@ -69,23 +68,12 @@ def write(module: nn.Module, dense: Tensor) -> None:
     layer.weight = nn.Parameter(made, requires_grad=layer.weight.requires_grad)
 
 
-def stored(module: nn.Module) -> Held:
-    """The parameter, which holds everything."""
-    return {"weight": module.weight}
-
-
-def restore(module: nn.Module, held: Held) -> None:
-    """Let the module have it again."""
-    layer: Any = module
-    layer.weight = held["weight"]
-
-
 def is_coarse(module: nn.Module) -> bool:
     """By the name of the dtype that the values are in, or of the class."""
     weight = _weight(module)
     name = str(getattr(weight, "target_dtype", type(weight).__name__))
     bits = re.search(r"(\d+)", name)
-    return bits is not None and int(bits[1]) <= _FOUR_BITS
+    return bits is not None and int(bits[1]) <= FOUR_BITS
 
 
 def _remake(weight: Any, dense: Tensor) -> Any:
@@ -129,4 +117,4 @@ def _moved(weight: Any, made: Any) -> float:
     return float(off / step.clamp(min=torch.finfo(torch.float32).tiny))
 
 
-REWRITING = Rewriting(write, stored, restore, is_coarse, refusal, read)
+REWRITING = Rewriting(write, parameter_of, restore_parameter, is_coarse, refusal, read)
