@@ -175,9 +175,7 @@ def _copied(nodes: Sequence[Node], inputs: Sequence[Node], results: Sequence[Nod
     graph = Graph()
     copies: dict[Node, Node] = {}
     for node in inputs:
-        # By what is read, which compilers know it by.
-        name = str(node.target).replace(".", "_") if node.op == "get_attr" else node.name
-        copies[node] = graph.placeholder(name)
+        copies[node] = graph.placeholder(node.name)
         copies[node].meta.update(node.meta)
     _read_sizes(graph, inputs, copies)
     for node in nodes:

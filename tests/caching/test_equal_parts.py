@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 import vera_fx
 from tests.helpers import assert_close, assert_far_apart, fill_vectors
@@ -290,3 +291,20 @@ def test_graphs_that_call_modules_are_looked_at_once() -> None:
             assert before
             assert_close(compiled(X), by_hooks(model, X))
             assert copies.call_count == before
+
+
+def test_ranks_stay_open_where_parts_share_a_function() -> None:
+    torch._dynamo.reset()
+    model, counter = adapted(Branching()), CompileCounter()
+    vera_fx.add_adapter(model, "other", vera_fx.VeraConfig(r=3, target_modules=["up", "down"]))
+    with torch.no_grad():
+        for parameter in model.vera.adapters["other"].parameters():
+            parameter.fill_(0.3)
+        compiled = torch.compile(model, backend=counter)
+        first = compiled(X)
+        assert_close(first, by_hooks(model, X))
+        assert counter.frame_count == 1
+        vera_fx.set_adapter(model, "other")
+        with torch.compiler.set_stance("fail_on_recompile"):
+            assert_close(compiled(X), by_hooks(model, X))
+        assert_far_apart(compiled(X), first)

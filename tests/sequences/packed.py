@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vera_fx.products.backends import Backend
+from vera_fx.products.writing.rewriting import Rewriting
 
 
 class Packed(nn.Module):
@@ -38,10 +39,12 @@ STAND_IN = Backend(
     "packed",
     ("tests.Packed",),
     lambda _: "32 bit",
-    _write,
-    coarse=True,
-    stored=lambda module: {"packed": module.packed},
-    restore=_restore,
+    Rewriting(
+        _write,
+        stored=lambda module: {"packed": module.packed},
+        restore=_restore,
+        is_coarse=lambda _: True,
+    ),
 )
 """As coarse as any, so that a merge has to be asked for."""
 
