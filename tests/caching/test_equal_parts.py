@@ -294,16 +294,17 @@ def test_graphs_that_call_modules_are_looked_at_once() -> None:
 
 
 def test_ranks_stay_open_where_parts_share_a_function() -> None:
+    """Without gradients, before it is known that there will be several ranks."""
     torch._dynamo.reset()
     model, counter = adapted(Branching()), CompileCounter()
-    vera_fx.add_adapter(model, "other", vera_fx.VeraConfig(r=3, target_modules=["up", "down"]))
+    compiled = torch.compile(model, backend=counter)
     with torch.no_grad():
-        for parameter in model.vera.adapters["other"].parameters():
-            parameter.fill_(0.3)
-        compiled = torch.compile(model, backend=counter)
         first = compiled(X)
         assert_close(first, by_hooks(model, X))
         assert counter.frame_count == 1
+        vera_fx.add_adapter(model, "other", vera_fx.VeraConfig(r=3, target_modules=["up", "down"]))
+        for parameter in model.vera.adapters["other"].parameters():
+            parameter.fill_(0.3)
         vera_fx.set_adapter(model, "other")
         with torch.compiler.set_stance("fail_on_recompile"):
             assert_close(compiled(X), by_hooks(model, X))
