@@ -85,9 +85,16 @@ def _outline(time: LayerTime) -> OutlineLayers:
 
 def _served(graph: GraphModule) -> GraphModule:
     served = copy_of(graph)
-    for node in served.graph.nodes:
-        if node.op == "get_attr":
-            node.target = served_path(str(node.target))
+    for node in served.graph.find_nodes(op="get_attr"):
+        path = served_path(str(node.target))
+        if (
+            path != node.target
+        ):  # another node: by its name compilers know it where it is an argument
+            with served.graph.inserting_before(node):
+                read = served.graph.create_node("get_attr", path)
+            read.meta.update(node.meta)
+            node.replace_all_uses_with(read)
+            served.graph.erase_node(node)
     served.recompile()
     return served
 
