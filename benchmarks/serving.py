@@ -129,7 +129,16 @@ def main(
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**20
     each = rows[0]["memory_mib"] / len(DOMAINS)
     console.print(f"{MANY} processes would need {MANY * each:.0f} MiB; there are {total:.0f}")
-    write(output, {"clients": clients, "seconds": seconds, "threads": threads, "device": device, "servers": rows})
+    write(
+        output,
+        {
+            "clients": clients,
+            "seconds": seconds,
+            "threads": threads,
+            "device": device,
+            "servers": rows,
+        },
+    )
 
 
 if __name__ == "__main__":

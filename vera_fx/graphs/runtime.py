@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from vera_fx._torch import any_global_hook
+from vera_fx._torch import any_global_hook, is_transformed
 from vera_fx.bank.bank import AdapterBank, bank_of
 from vera_fx.bank.build import follow
 from vera_fx.bank.hooks import EagerHook
@@ -177,6 +177,7 @@ class Runtime:
                 f"the graph captured from this call of {type(model).__name__} does not admit the "
                 "call's own sizes; this is a fault of vera_fx, please report it with the model"
             )
+        _refuse_transforms(model, capture)
         ready = _ready(model, capture, call, mix)
         signature, before = self._signature(call), next(reversed(self.kept.captures), None)
         self.kept.add(signature, capture)
@@ -191,6 +192,22 @@ class Runtime:
 
     def _signature(self, call: Call) -> tuple[Any, ...]:
         return (call.structure(), self.watch.state(), surroundings())
+
+
+def _refuse_transforms(model: nn.Module, capture: Capture) -> None:
+    """Refuse a graph that calls targets inside of a transform: what a branch's values are is not noted there."""
+    targets = bank_of(model).structure.targets
+    for node in capture.graph.graph.nodes:
+        value = node.meta.get("val")
+        if not isinstance(value, torch.Tensor) or not is_transformed(value):
+            continue
+        read = {
+            str(n.target).rpartition(".")[0] for n in node.all_input_nodes if n.op == "get_attr"
+        }
+        if inside := sorted(read.intersection(targets)):
+            raise CaptureError(
+                f"torch.func transforms (vmap or the like) the call of {inside[0]!r}"
+            )
 
 
 def _is_spread(module: nn.Module) -> bool:
