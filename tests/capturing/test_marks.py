@@ -94,6 +94,22 @@ def test_another_class() -> None:
     assert marks.hold()
 
 
+class Slotted:
+    """An object with slots and attributes beside them, whose dictionary stands elsewhere."""
+
+    __slots__ = ("__dict__", "y")
+
+
+@pytest.mark.parametrize("kind", [Plain, Slotted, nn.ReLU, collections.UserDict])
+def test_other_attributes(kind: type) -> None:
+    owners = [Plain(), kind(), Plain()]
+    pairs = [(owner, owner.__dict__) for owner in owners]
+    marks = Marks([], (), (), pairs)
+    assert marks.hold()
+    owners[1].__dict__ = dict(owners[1].__dict__)
+    assert not marks.hold()
+
+
 def test_a_class_that_took_the_place_of_a_dead_one_is_another() -> None:
     """The watched class is held, so no new one can get its address."""
     found = Plain()

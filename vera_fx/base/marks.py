@@ -16,8 +16,12 @@ import numpy as np
 from vera_fx._torch import DictMarks
 
 _WORD = 8
-_CLASS, _SIZE, _VERSION = 1 * _WORD, 2 * _WORD, 3 * _WORD
-"""Where from an object's address: ``ob_type``; ``ma_used`` or ``ob_size``; ``ma_version_tag``."""
+_ATTRIBUTES, _CLASS, _SIZE, _VERSION = -3 * _WORD, 1 * _WORD, 2 * _WORD, 3 * _WORD
+"""Where from an object's address: the managed dictionary of its attributes; ``ob_type``; ``ma_used`` or
+``ob_size``; ``ma_version_tag``."""
+
+_MANAGED = 1 << 4
+"""``Py_TPFLAGS_MANAGED_DICT``: objects of the class have their attributes' dictionary before them."""
 
 
 class _Memory:
@@ -56,12 +60,14 @@ class Words:
 
 
 class Marks:
-    """Notices that something was written to dictionaries, put into empty containers, or given another class.
+    """Notices that something was written to dictionaries, put into empty containers, or given another class
+    or other attributes.
 
     Args:
         dicts: dictionaries; whatever is written to them counts.
         empties: containers that hold nothing now.
         objects: objects whose class counts.
+        owners: objects, and the dictionary that holds their attributes.
     """
 
     def __init__(
@@ -69,8 +75,9 @@ class Marks:
         dicts: Iterable[dict[Any, Any]],
         empties: Iterable[Any] = (),
         objects: Iterable[Any] = (),
+        owners: Iterable[tuple[Any, dict[str, Any]]] = (),
     ) -> None:
-        dicts, empties, objects = list(dicts), list(empties), list(objects)
+        dicts, empties, objects, owners = list(dicts), list(empties), list(objects), list(owners)
         self._words: Words | None = None
         self._types = list(map(type, objects))  # held, so that no other class gets the address
         if READABLE:
@@ -78,17 +85,31 @@ class Marks:
             addresses = [id(held) + _VERSION for held in dicts]
             addresses += [id(held) + _SIZE for held in sized]
             addresses += [id(held) + _CLASS for held in objects]
-            self._words = Words((dicts, sized, objects), addresses) if addresses else None
+            managed = [pair for pair in owners if type(pair[0]).__flags__ & _MANAGED]
+            addresses += [id(owner) + _ATTRIBUTES for owner, _ in managed]
+            self._words = Words((dicts, sized, objects, managed), addresses) if addresses else None
             empties = [held for held in empties if not isinstance(held, dict | list)]
+            owners = [pair for pair in owners if not type(pair[0]).__flags__ & _MANAGED]
             dicts = objects = []
         self._dicts, self._empties, self._objects = DictMarks(dicts), empties, objects
+        self._owners = owners
 
     def hold(self) -> bool:
         """True while nothing of that happened."""
-        if self._words is not None:
-            return self._words.hold() and not any(self._empties)
-        unchanged = self._dicts.hold() and not any(self._empties)
-        return unchanged and list(map(type, self._objects)) == self._types
+        fast = self._words is None or self._words.hold()
+        return fast and not any(self._empties) and self._others_hold()
+
+    def _others_hold(self) -> bool:
+        """What no words tell of."""
+        if self._words is None and not self._dicts.hold():
+            return False
+        if self._objects and list(map(type, self._objects)) != self._types:
+            return False
+        return all(_attributes(owner) is held for owner, held in self._owners)
+
+
+def _attributes(owner: Any) -> Any:
+    return object.__getattribute__(owner, "__dict__")
 
 
 def _readable() -> bool:
@@ -99,6 +120,12 @@ def _readable() -> bool:
     class_and_size = [id(held) + _CLASS, id(held) + _SIZE]
     known = np.asarray(_Memory(id(held), 3)).tolist()
     if known[1:] != [id(dict), len(held)]:
+        return False
+    owner = _Memory(0, 0)
+    attributes = owner.__dict__
+    if not type(owner).__flags__ & _MANAGED:
+        return False
+    if np.asarray(_Memory(id(owner) + _ATTRIBUTES, 1)).tolist() != [id(attributes)]:
         return False
     fixed, version = Words(held, class_and_size), Words(held, [id(held) + _VERSION])
     held["a"] = None

@@ -21,8 +21,8 @@ from vera_fx._torch_parallel import hook_parts
 from vera_fx.base.marks import Marks
 from vera_fx.base.modules import asks_for_gradients, original_class
 from vera_fx.base.swaps import Stamped, Swaps
-from vera_fx.capturing.facts import fact
-from vera_fx.capturing.reads import Reads, reads_of, slot_value
+from vera_fx.capturing.facts import fact, slot_value
+from vera_fx.capturing.reads import Reads, reads_of
 from vera_fx.products.kinds import is_odd
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -111,7 +111,7 @@ class StateWatch:
         swapped = {id(module._parameters) for module in reads.modules}
         where = [reader.where for reader in reads.readers]
         others = (held for held in where if id(held) not in swapped)
-        self._marks = Marks(others, reads.empties, reads.modules)
+        self._marks = Marks(others, reads.empties, reads.modules, reads.owners)
         self._parameters: Marks | Stamped = Marks(held for held in where if id(held) in swapped)
         self._tensors = TensorMarks(reads.first)
         self._lists, self._entries = reads.lists, [tuple(values) for values in reads.lists]
