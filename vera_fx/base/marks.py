@@ -60,8 +60,7 @@ class Words:
 
 
 class Marks:
-    """Notices that something was written to dictionaries, put into empty containers, or given another class
-    or other attributes.
+    """Notices that dictionaries, what is in empty containers, or objects' classes and attributes changed.
 
     Args:
         dicts: dictionaries; whatever is written to them counts.
