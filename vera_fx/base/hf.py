@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -59,6 +59,30 @@ def hides_progress() -> bool:
         return False
     return not logging.is_progress_bar_enabled() or logging.get_verbosity() > logging.WARNING
 
+
+_RECORDING = "transformers.utils.output_capturing"
+
+
+def recorded_by(hook: Any) -> str | None:
+    """What a hook of transformers notes while a call asks for it (``hidden_states``); None for others.
+
+    The first call with ``output_hidden_states=True`` puts such hooks on all layers, for good.
+    """
+    if getattr(hook, "__module__", "") != _RECORDING:
+        return None
+    held = dict(zip(hook.__code__.co_freevars, hook.__closure__ or (), strict=False))
+    key = held["key"].cell_contents if "key" in held else None
+    return key if isinstance(key, str) else None
+
+
+def recording() -> Container[str]:
+    """What hooks of transformers note now, in this thread."""
+    module = sys.modules.get(_RECORDING)
+    return (module and module._active_collector.get()) or ()
+
+
+HOOKED = "_output_capturing_hooks_installed"
+"""The attribute of models that have such hooks."""
 
 _TRAINABLE = "trainable quantiser"
 

@@ -202,7 +202,7 @@ def _traced(
         except OutOfTime:
             _tell(model, call, opening)
             opening = opening.next()
-        except TargetError:
+        except (TargetError, CaptureError):
             raise
         except Exception as error:
             raise CaptureError(_explain(model, call, error)) from error

@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vera_fx.base.hf import HOOKED
 from vera_fx.base.modules import original_class
 from vera_fx.capturing.facts import CONSTANTS, fact, slot_value, slots_of
 from vera_fx.products.opaque import is_opaque
@@ -31,7 +32,7 @@ _LIBRARIES = frozenset(
 _HOLDERS = (types.SimpleNamespace, argparse.Namespace, UserDict, UserList)
 """Classes of Python's own that are there to hold what users put into them."""
 
-_UNREAD = {"_previous_max_cache_length"}  # what transformers' generate notes for itself
+_UNREAD = {"_previous_max_cache_length", HOOKED}  # what transformers notes for itself
 _ATTRIBUTES = (frozenset(nn.Module().__dict__) - {"training"}) | _UNREAD
 _LIMIT = 50_000
 """Objects that are looked at; a model with more is watched as far as that."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from vera_fx.base.hf import HOOKED
 from vera_fx.base.modules import BANK, HOOKS, in_bank, original_class
 from vera_fx.capturing.stand_ins import stand_in
 from vera_fx.products.kinds import is_idle, stands_for
@@ -75,7 +76,7 @@ def _twins(modules: Sequence[nn.Module], known: Twins) -> dict[int, nn.Module]:
     for module in modules:
         state = twins[id(module)].__dict__
         for name, value in module.__dict__.items():
-            if module is modules[0] and name == BANK:  # beside the elements of a container
+            if (module is modules[0] and name == BANK) or name == HOOKED:  # hooks stay behind
                 continue
             state[name] = type(value)() if name in HOOKS else _moved(value, twins)
         if is_idle(module):

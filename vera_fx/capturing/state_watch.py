@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from vera_fx._torch import TensorMarks, stamp
 from vera_fx._torch_parallel import hook_parts
+from vera_fx.base.hf import recorded_by
 from vera_fx.base.marks import Marks
 from vera_fx.base.modules import asks_for_gradients, original_class
 from vera_fx.base.swaps import Stamped, Swaps
@@ -36,6 +37,7 @@ class StateWatch:
     Attributes:
         hooked: paths of modules with hooks that are not the library's, or other ways of being parallel
             than graphs know, in order.
+        recorders: paths of modules whose outputs hooks of transformers note, and under which names.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class StateWatch:
         """Args: gives the modules by path as they are now; and the class of the library's hooks."""
         self._find, self._ignored_hook = modules, ignored_hook
         self.hooked: tuple[str, ...] = ()
+        self.recorders: dict[str, set[str]] = {}
         self._states: dict[Hashable, int] = {}
         self._numbers: dict[Hashable, int] = {}
         self._count = itertools.count()
@@ -140,6 +143,8 @@ class StateWatch:
             path: [hooks for name in _HOOKS if (hooks := self._foreign(module.__dict__[name]))]
             for path, module in self._named.items()
         }
+        noted = ((path, set(self._recorded(module))) for path, module in self._named.items())
+        self.recorders = {path: names for path, names in noted if names}
         odd = {path for path, module in self._named.items() if is_odd(module)}
         self.hooked = tuple(path for path, dicts in found.items() if dicts or path in odd)
         self._hook_dicts = [hooks for dicts in found.values() for hooks in dicts]
@@ -152,7 +157,11 @@ class StateWatch:
     def _has_to_run(self, hook: Any) -> bool:
         # Graphs do what hooks of tensor parallelism do, unless their module is odd.
         ours = isinstance(hook, self._ignored_hook) or bool(hook_parts(hook))
-        return not ours and not asks_for_gradients(hook)
+        return not ours and not asks_for_gradients(hook) and recorded_by(hook) is None
+
+    def _recorded(self, module: nn.Module) -> Iterable[str]:
+        names = map(recorded_by, module._forward_hooks.values())
+        return (name for name in names if name is not None)
 
 
 _content = attrgetter("cell_contents")

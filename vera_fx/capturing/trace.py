@@ -13,14 +13,17 @@ from vera_fx._context import capturing
 from vera_fx._torch import is_wrapper
 from vera_fx.base.hf import checkpointing_recorded, export_patches
 from vera_fx.base.modules import in_bank
+from vera_fx.base.side_effects import Counts, SideEffects, set_numbers
 from vera_fx.capturing.budget import Clock, Opening
 from vera_fx.capturing.open_integers import sizes_as_integers
 from vera_fx.capturing.returned_objects import Stateful, mark_returned
 from vera_fx.capturing.shell import shell_of
 from vera_fx.capturing.signature import Call, CallReader, map_tensors
 from vera_fx.capturing.stand_ins import Answers, asking
-from vera_fx.errors import TargetError
+from vera_fx.errors import CaptureError, TargetError
 from vera_fx.products.opaque import is_opaque
+
+_NONE: Counts = {}
 
 
 def trace(
@@ -46,29 +49,60 @@ def trace(
         Exception: whatever torch.export or the model's forward raises.
         OutOfTime: leaving these sizes open takes too long.
     """
-    clock = Clock(f"{type(model).__name__}({', '.join(call.arguments)})", opening)
+    effects, what = SideEffects(model), f"{type(model).__name__}({', '.join(call.arguments)})"
+    clock = Clock(what, opening)
     copies = {name: map_tensors(value, _copy) for name, value in call.inputs.items()}
     names = {f"input_{i}": n for i, n in enumerate(copies) if _has_tensor(copies[n])}
     inputs = {key: copies[name] for key, name in names.items()}
 
     def run(shell: nn.Module, **given: Any) -> Any:
         arguments = {**copies, **{names[key]: value for key, value in given.items()}}
-        with clock:
+        with clock, effects.noted(shell):
             result = _run(shell, *entry, arguments)
         return mark_returned(result, stateful.pick(arguments))
 
-    answers = Answers()
-    with clock.running(), asking(answers):
-        found = _found(model, run, inputs, opening)
+    with clock.running(), asking(answers := Answers()), effects.put_back():
+        found = _settled(model, run, inputs, opening, effects)
     if torch.is_grad_enabled():
         answers.tell()
     return found
 
 
-def _found(
-    model: nn.Module, run: Any, inputs: dict[str, Any], opening: Opening
+def _settled(
+    model: nn.Module, run: Any, inputs: dict[str, Any], opening: Opening, effects: SideEffects
 ) -> tuple[ExportedProgram, frozenset[str]]:
-    found = _traced(shell_of(model, run, list(inputs)), inputs, opening)
+    """The program of a forward whose result is all that it does, or does again with every call.
+
+    What is made once and kept leaves nothing to do for a second trace; neither does a generator that
+    the forward seeds itself.
+
+    Raises:
+        CaptureError: it draws random numbers that are not torch's, or counts its calls.
+    """
+    found = _found(model, run, inputs, opening)
+    if not (effects.drawn or effects.counted):
+        return found
+    before, effects.drawn, effects.counted, effects.sure = effects.counted, False, {}, True
+    found = _found(model, run, inputs, opening, before)
+    if effects.drawn:
+        raise CaptureError(
+            "its forward draws random numbers of Python's or NumPy's generators, which a graph would draw "
+            "once for all calls; draw them with torch"
+        )
+    if again := sorted({".".join(filter(None, key)) for key in effects.counted.keys() & before}):
+        raise CaptureError(
+            f"its forward changes the number in {again[0]} with every call, which a graph would not do; "
+            "count outside of the forward, or in a buffer"
+        )
+    return found
+
+
+def _found(
+    model: nn.Module, run: Any, inputs: dict[str, Any], opening: Opening, numbers: Counts = _NONE
+) -> tuple[ExportedProgram, frozenset[str]]:
+    shell = shell_of(model, run, list(inputs))
+    set_numbers(shell, numbers)
+    found = _traced(shell, inputs, opening)
     past = list(aliased(found[0], model))
     _check_opaque(model, past)
     if not past:

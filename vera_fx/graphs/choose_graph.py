@@ -6,11 +6,12 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
+from vera_fx._torch import is_transformed
 from vera_fx.bank.adaptation_plan import adaptation_plan
 from vera_fx.bank.bank import AdapterBank, bank_of
 from vera_fx.capturing.export_call import Capture
 from vera_fx.capturing.signature import Call
-from vera_fx.errors import AdapterError, TargetError
+from vera_fx.errors import AdapterError, CaptureError, TargetError
 from vera_fx.graphs.planning import (
     layer_time,
     mixed_assignment,
@@ -148,3 +149,23 @@ def _structure(bank: AdapterBank, capture: Capture) -> "Hashable":
     """What of the computing adapters shapes the graphs made from a capture."""
     trains = any(capture.training.get(path) for path in bank.structure.targets)
     return bank.slots.binding.structure, bank.slots.binding.dropout if trains else ()
+
+
+def refuse_transforms(model: nn.Module, capture: Capture) -> None:
+    """Refuse a graph that calls targets inside of a transform: what a branch's values are is not noted there.
+
+    Raises:
+        CaptureError: with the first such target.
+    """
+    targets = bank_of(model).structure.targets
+    for node in capture.graph.graph.nodes:
+        value = node.meta.get("val")
+        if not isinstance(value, torch.Tensor) or not is_transformed(value):
+            continue
+        read = {
+            str(n.target).rpartition(".")[0] for n in node.all_input_nodes if n.op == "get_attr"
+        }
+        if inside := sorted(read.intersection(targets)):
+            raise CaptureError(
+                f"torch.func transforms (vmap or the like) the call of {inside[0]!r}"
+            )

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from vera_fx._torch import any_global_hook, is_transformed
+from vera_fx._torch import any_global_hook
 from vera_fx.bank.bank import AdapterBank, bank_of
 from vera_fx.bank.build import follow
 from vera_fx.bank.hooks import EagerHook
 from vera_fx.bank.slots import open_ranks
+from vera_fx.base.hf import recording
 from vera_fx.base.modules import ADAPTED, PART, in_bank, is_extended, original_class
 from vera_fx.base.sharding import has_parallel, is_sharded, spread_reason
 from vera_fx.caching.attribute_reads import attribute_reads_noted
@@ -21,7 +22,7 @@ from vera_fx.capturing.signature import Call, CallReader
 from vera_fx.capturing.state_watch import StateWatch
 from vera_fx.errors import AdapterError, CaptureError, PassError, TargetError, first_line
 from vera_fx.graphs.advice import advise
-from vera_fx.graphs.choose_graph import adapted, mixed
+from vera_fx.graphs.choose_graph import adapted, mixed, refuse_transforms
 from vera_fx.graphs.kept import Kept, Ready
 from vera_fx.graphs.machine import surroundings
 from vera_fx.graphs.parts import Parts, split
@@ -122,10 +123,15 @@ class Runtime:
         Raises:
             CaptureError: the call mixes adapters, which only graphs can do.
         """
-        if not (self.watch.hooked or self.parts.hooked or any_global_hook()):
+        noting = self._noting() if self.watch.recorders else []
+        if not (self.watch.hooked or noting or self.parts.hooked or any_global_hook()):
             return False
         prefix = f"{self._entry}." if self._entry else ""
-        inside = [p for p in self.watch.hooked if p and p.startswith(prefix) and p != self._entry]
+        inside = [
+            p
+            for p in (*self.watch.hooked, *noting)
+            if p and p.startswith(prefix) and p != self._entry
+        ]
         if not inside and not any_global_hook():
             self.parts.forget_hooks(self._entry)
             return False
@@ -141,6 +147,12 @@ class Runtime:
             raise CaptureError(f"adapter_names needs the call as one graph, but {reason}")
         split(model, self.parts, self._entry, reason, hooks=True, quiet=sharded)
         return True
+
+    def _noting(self) -> list[str]:
+        """Paths of modules whose outputs transformers notes in this very call."""
+        now = recording()
+        recorders = self.watch.recorders.items()
+        return [path for path, names in recorders if any(name in now for name in names)]
 
     def read(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         """The call, taken apart; None if something in it cannot be passed to a graph."""
@@ -177,7 +189,7 @@ class Runtime:
                 f"the graph captured from this call of {type(model).__name__} does not admit the "
                 "call's own sizes; this is a fault of vera_fx, please report it with the model"
             )
-        _refuse_transforms(model, capture)
+        refuse_transforms(model, capture)
         ready = _ready(model, capture, call, mix)
         signature, before = self._signature(call), next(reversed(self.kept.captures), None)
         self.kept.add(signature, capture)
@@ -192,22 +204,6 @@ class Runtime:
 
     def _signature(self, call: Call) -> tuple[Any, ...]:
         return (call.structure(), self.watch.state(), surroundings())
-
-
-def _refuse_transforms(model: nn.Module, capture: Capture) -> None:
-    """Refuse a graph that calls targets inside of a transform: what a branch's values are is not noted there."""
-    targets = bank_of(model).structure.targets
-    for node in capture.graph.graph.nodes:
-        value = node.meta.get("val")
-        if not isinstance(value, torch.Tensor) or not is_transformed(value):
-            continue
-        read = {
-            str(n.target).rpartition(".")[0] for n in node.all_input_nodes if n.op == "get_attr"
-        }
-        if inside := sorted(read.intersection(targets)):
-            raise CaptureError(
-                f"torch.func transforms (vmap or the like) the call of {inside[0]!r}"
-            )
 
 
 def _is_spread(module: nn.Module) -> bool:
