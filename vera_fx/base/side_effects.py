@@ -82,7 +82,7 @@ class SideEffects:
         python, numpy = (new != old for new, old in zip(_packed(self._draws), states, strict=True))
         self.drawn |= numpy or (python and bool(asked))
         found = _numbers(model)
-        self.counted.update({k: v for k, v in found.items() if numbers.get(k, _NOTHING) != v})
+        self.counted.update({k: v for k, v in found.items() if not _same(numbers.get(k), v)})
 
 
 def _packed(draws: Draws) -> list[bytes]:
@@ -108,7 +108,8 @@ def _asked() -> Iterator[list[bool]]:
         sys.setprofile(before)
 
 
-_NOTHING = object()
+def _same(old: float | None, new: float) -> bool:
+    return old is new or old == new  # the former for NaN
 
 
 def _numbers(model: nn.Module) -> dict[tuple[str, str], float]:
