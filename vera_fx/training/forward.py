@@ -21,6 +21,9 @@ from vera_fx.training.tables import Tables
 Row = tuple[str, Example]
 """A row of a batch: whose it is, and what."""
 
+_WINDOW = 64
+"""Passes' worth of held-out rows that are read and sorted by length at once, so that little is padding."""
+
 
 @dataclass(slots=True)
 class Forward:
@@ -180,15 +183,17 @@ def _evaluated(forward: Forward, jobs: Iterable[Job], tables: Tables, rows: int)
     every = (
         (job.name, held, at) for job in jobs if (held := job.held_out) for at in range(len(held))
     )
-    while chunk := list(islice(every, rows)):
-        mine = [(name, held[at]) for name, held, at in forward.processes.share(chunk)]
-        for names, batch in forward.batches(mine):
-            losses, logits = forward.losses(names, batch, tables)
-            right = _right(forward, logits, batch["labels"])
-            each = zip(names, losses.sums.tolist(), losses.counts.tolist(), right, strict=True)
-            for name, *values in each:
-                for what, value in zip(("loss", "count", "hits"), values, strict=True):
-                    found[f"{what} {name}"] += value
+    while window := list(islice(every, _WINDOW * rows)):
+        mine = [(name, held[at]) for name, held, at in forward.processes.share(window)]
+        mine.sort(key=lambda row: -length_of(row[1]))
+        for start in range(0, len(mine), rows):
+            for names, batch in forward.batches(mine[start : start + rows]):
+                losses, logits = forward.losses(names, batch, tables)
+                right = _right(forward, logits, batch["labels"])
+                each = zip(names, losses.sums.tolist(), losses.counts.tolist(), right, strict=True)
+                for name, *values in each:
+                    for what, value in zip(("loss", "count", "hits"), values, strict=True):
+                        found[f"{what} {name}"] += value
     return found
 
 
