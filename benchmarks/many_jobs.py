@@ -5,6 +5,7 @@ python -m benchmarks.many_jobs
 
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -44,12 +45,12 @@ def one_batch(work: Work, compiled: bool, device: str, tokens: int | None) -> Ca
 
 
 def in_turn(
-    model: nn.Module, batches: list[dict[str, Tensor]], compiled: bool
+    model: nn.Module, batches: list[dict[str, Tensor]], compiled: bool, rate: float = RATE
 ) -> Callable[[], None]:
     """The same jobs one after the other: as many small steps of a model with one adapter."""
     call = torch.compile(model.train()) if compiled else model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=RATE)
+    optimizer = torch.optim.AdamW(trained, lr=rate)
 
     def step() -> None:
         for batch in batches:
@@ -101,11 +102,13 @@ def measured(
     compiled: bool,
     device: str,
     tokens: int | None,
+    processor: bool,
 ) -> dict[str, Any]:
     """Milliseconds of a round of each system, in turns."""
     torch._dynamo.reset()
     runs = {name: make(name, work, compiled, device, tokens) for name in systems}
-    spreads = interleaved(runs, rounds, inner=1, device=device)
+    clock = time.process_time if processor else time.perf_counter
+    spreads = interleaved(runs, rounds, inner=1, device=device, clock=clock)
     return {name: vars(spread) for name, spread in spreads.items()}
 
 
@@ -120,12 +123,16 @@ def main(  # noqa: PLR0913, PLR0917
     memory: Annotated[bool, typer.Option("--memory/--no-memory")] = True,
     data: Annotated[str, typer.Option(help="random, or sentiment: four domains, MiniLM")] = "random",
     tokens: Annotated[int | None, typer.Option(help="of a pass of the one batch")] = None,
+    processor: Annotated[
+        bool, typer.Option("--processor/--wall", help="time of the processor: for busy machines")
+    ] = False,
     device: Annotated[str, typer.Option(help="where models are")] = "cpu",
     output: Annotated[Path, typer.Option()] = Path("out/bench_many_jobs.json"),
 ) -> None:
     """Steps with AdamW: 1 to 64 jobs at equal total rows; times as ratios to all of them in one batch."""
     if data not in {"random", "sentiment"}:
         raise typer.BadParameter(f"--data must be random or sentiment, got {data!r}")
+    how = {"compiled": compiled, "device": device, "processor": processor}
     shapes = ["minilm"] if data == "sentiment" else shapes
     found: list[dict[str, Any]] = []
     table = Table(
@@ -134,9 +141,7 @@ def main(  # noqa: PLR0913, PLR0917
     for shape in shapes:
         for count in jobs:
             work, names = Work(shape, count, rows, length, data), [SYSTEMS[0], *systems]
-            spreads = measured(
-                work, rounds, names, compiled=compiled, device=device, tokens=tokens
-            )
+            spreads = measured(work, rounds, names, tokens=tokens, **how)
             mine = spreads[SYSTEMS[0]]
             names = MEMORY if memory and device == "cpu" else ()
             most = {name: peak(name, work, tokens) for name in names}
@@ -148,8 +153,8 @@ def main(  # noqa: PLR0913, PLR0917
             found.append({"shape": shape, "jobs": count, "ms": spreads, "mib": most})
     console.print(table)
     console.print(f"MiB at most: {', '.join(MEMORY)}. One adapter: a step of one on as many rows.")
-    settings = {"rows": rows, "length": length, "data": data, "tokens": tokens}
-    write(output, {**settings, "compiled": compiled, "device": device, "results": found})
+    settings = {"rows": rows, "length": length, "data": data, "tokens": tokens, **how}
+    write(output, {**settings, "results": found})
 
 
 if __name__ == "__main__":

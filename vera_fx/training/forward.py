@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from vera_fx.bank.bank import bank_of
 from vera_fx.errors import ConfigError
 from vera_fx.mixing.gather import TableNames
 from vera_fx.processes.group import Processes
@@ -53,8 +54,20 @@ class Forward:
         Raises:
             ConfigError: the batch has no labels, or another number of rows.
         """
+        for part in self._of_one_dropout(rows):
+            yield from self._batches(part)
+
+    def _of_one_dropout(self, rows: Sequence[Row]) -> list[list[Row]]:
+        """In train mode rows whose adapters drop differently go apart: a graph drops at one rate."""
+        parts: dict[float, list[Row]] = {}
+        for row in rows:
+            rate = bank_of(self.model).adapter(row[0]).config.dropout if self.model.training else 0
+            parts.setdefault(rate, []).append(row)
+        return [part for _, part in sorted(parts.items())]
+
+    def _batches(self, rows: Sequence[Row]) -> Iterator[tuple[list[str], Batch]]:
         lengths = [length_of(example) for _, example in rows]
-        for chosen in packed(lengths, self.most) if rows else ():
+        for chosen in packed(lengths, self.most):
             batch = dict(self.collate([rows[row][1] for row in chosen]))
             labels = batch.get("labels")
             if not isinstance(labels, Tensor) or len(labels) != len(chosen):
