@@ -121,7 +121,9 @@ def main(  # noqa: PLR0913, PLR0917
     rounds: Annotated[int, typer.Option(min=4)] = 5,
     compiled: Annotated[bool, typer.Option("--compile/--eager")] = False,
     memory: Annotated[bool, typer.Option("--memory/--no-memory")] = True,
-    data: Annotated[str, typer.Option(help="random, or sentiment: four domains, MiniLM")] = "random",
+    data: Annotated[
+        str, typer.Option(help="random, or sentiment: four domains, MiniLM")
+    ] = "random",
     tokens: Annotated[int | None, typer.Option(help="of a pass of the one batch")] = None,
     processor: Annotated[
         bool, typer.Option("--processor/--wall", help="time of the processor: for busy machines")
