@@ -178,7 +178,7 @@ def evaluate(
         forward: the model.
         jobs: those to evaluate, all in the same passes.
         tables: their values.
-        rows: most rows of a pass.
+        rows: most rows of a pass, those of all processes together.
     """
     jobs = list(jobs)
     found = _together(forward, "an evaluation", lambda: _evaluated(forward, jobs, tables, rows))
@@ -192,15 +192,15 @@ def evaluate(
 
 def _evaluated(forward: Forward, jobs: Iterable[Job], tables: Tables, rows: int) -> Counter[str]:
     """Sums of losses, labels and right answers over this process's share of the examples."""
-    found = Counter[str]()
+    found, own = Counter[str](), -(-rows // forward.processes.size)
     every = (
         (job.name, held, at) for job in jobs if (held := job.held_out) for at in range(len(held))
     )
     while window := list(islice(every, _WINDOW * rows)):
         mine = [(name, held[at]) for name, held, at in forward.processes.share(window)]
         mine.sort(key=lambda row: -length_of(row[1]))
-        for start in range(0, len(mine), rows):
-            for names, batch in forward.batches(mine[start : start + rows]):
+        for start in range(0, len(mine), own):
+            for names, batch in forward.batches(mine[start : start + own]):
                 losses, logits = forward.losses(names, batch, tables)
                 right = _right(forward, logits, batch["labels"])
                 each = zip(names, losses.sums.tolist(), losses.counts.tolist(), right, strict=True)
