@@ -25,6 +25,8 @@ from vera_fx.training.forward import Forward
 from vera_fx.training.many import ManyJobs
 
 SYSTEMS = ("one batch", "one adapter", "ours in turn", "PEFT VeRA in turn", "PEFT LoRA in turn")
+FACTORED = "one adapter, factored"
+"""By the plan that mixtures have: what is left of a difference is mixing."""
 MEMORY = ("one batch", "one adapter", "ours in turn")
 RANK, RATE = 256, 1e-2
 
@@ -69,7 +71,8 @@ def adapted(system: str, work: Work, device: str) -> nn.Module:
     if system == "PEFT VeRA in turn":
         config: Any = peft.VeraConfig(r=RANK, target_modules=targets, save_projection=False)
         return peft.get_peft_model(base, config)
-    return vera_fx.adapt(base, vera_fx.VeraConfig(r=RANK, target_modules=targets))
+    plan = "factored" if system == FACTORED else "auto"
+    return vera_fx.adapt(base, vera_fx.VeraConfig(r=RANK, target_modules=targets, plan=plan))
 
 
 def make(
@@ -78,7 +81,7 @@ def make(
     """One round of one system: a step of every job."""
     if system == "one batch":
         return one_batch(work, compiled, device, tokens)
-    batches = work.batches(device, together=system == "one adapter")
+    batches = work.batches(device, together=system in {"one adapter", FACTORED})
     return in_turn(adapted(system, work, device), batches, compiled)
 
 
@@ -115,7 +118,7 @@ def measured(
 def main(  # noqa: PLR0913, PLR0917
     jobs: Annotated[list[int], typer.Option(help="how many at once")] = [1, 4, 16, 64],  # noqa: B006
     shapes: Annotated[list[str], typer.Option(help="minilm, llama")] = ["minilm", "llama"],  # noqa: B006
-    systems: Annotated[list[str], typer.Option(help="beside 'one batch'")] = list(SYSTEMS[1:]),  # noqa: B006
+    systems: Annotated[list[str], typer.Option(help="beside 'one batch'; 'one adapter, factored' too")] = list(SYSTEMS[1:]),  # noqa: B006
     rows: Annotated[int, typer.Option(help="of all jobs together")] = 64,
     length: Annotated[int, typer.Option(help="tokens of a row")] = 16,
     rounds: Annotated[int, typer.Option(min=4)] = 5,
