@@ -184,7 +184,9 @@ def test_held_out_rows_of_like_length_go_together() -> None:
     lengths = [len(example["input_ids"]) for example in data]
     assert lengths[0] != lengths[1]
     job = (config(), data, TrainSettings(steps=2, batch_size=1))
-    results = vera_fx.train_many(classifier(), {"a": job}, held_out={"a": data * 32}, progress=False)
+    results = vera_fx.train_many(
+        classifier(), {"a": job}, held_out={"a": data * 32}, progress=False
+    )
     assert results["a"].accuracy is not None
     assert results.passes == 2 + 2
     assert results.padding == 0
