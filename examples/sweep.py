@@ -14,12 +14,16 @@ import typer
 from finetune import HERE, bundled_model, load_base
 from rich.console import Console
 from text_data import DataError, Dataset, Example, read_dataset
+from torch import nn
 from transformers import AutoTokenizer, logging
 
 import vera_fx
 
 RATES = (1e-3, 3e-3, 1e-2, 2e-2, 3e-2, 5e-2, 1e-1, 2e-1)
 RANKS = (64, 256)
+TOKENS = 512
+"""Of a pass through the base: rows of like length, so that little of it is padding."""
+
 console = Console()
 
 
@@ -53,6 +57,14 @@ def jobs_for(
     return found
 
 
+def without_dropout(model: nn.Module) -> nn.Module:
+    """The base's own dropout off: jobs then differ by rate and rank alone, and no masks are drawn."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
 def picture(results: vera_fx.TrainResults, jobs: dict[str, Any], width: int = 40) -> str:
     """Accuracy against learning rate, a line for each rate and rank, in characters."""
     lines = []
@@ -71,11 +83,15 @@ def run(dataset: Dataset, folder: Path, output: Path, options: dict[str, int]) -
     train, held = (
         tokenised(tokenizer, part, options["length"]) for part in (dataset.train, dataset.held_out)
     )
-    model = load_base(folder, dataset.classes, options["seed"])
+    model = without_dropout(load_base(folder, dataset.classes, options["seed"]))
     jobs = jobs_for(train, options["steps"], options["batch_size"])
     console.print(f"{len(jobs)} jobs of {options['steps']} steps, {len(held)} sentences held out")
     results = vera_fx.train_many(
-        model, jobs, held_out=dict.fromkeys(jobs, held), state=output / "state"
+        model,
+        jobs,
+        held_out=dict.fromkeys(jobs, held),
+        tokens_per_pass=TOKENS,
+        state=output / "state",
     )
     console.print(str(results), markup=False, highlight=False)
     console.print(picture(results, jobs), markup=False, highlight=False)

@@ -82,6 +82,23 @@ def test_the_table_of_jobs_of_one_row_is_its_runs() -> None:
     assert sorted(map(tuple, table.rows[1:])) == sorted(expected)
 
 
+def test_the_table_of_sentences_is_its_runs() -> None:
+    (table,) = (t for t in known("train_many") if t.kept == "many_sentences.json")
+    expected = []
+    for runs in run("many_sentences.json")["runs"]:
+        for found in runs["results"]:
+            times = {name: spread["median"] for name, spread in found["ms"].items()}
+            systems = ("one adapter", "ours in turn", "PEFT VeRA in turn", "PEFT LoRA in turn")
+            expected.append((
+                str(found["jobs"]),
+                str(runs["rows"] // found["jobs"]),
+                *(f"{times[name] / times['one batch']:.2f}" for name in systems),
+                f"{found['mib']['one batch']:.0f}",
+                f"{2 * found['mib']['ours in turn']:.0f}",
+            ))  # fmt: skip
+    assert list(table.rows[1:]) == expected
+
+
 def test_the_table_of_first_calls_is_its_runs() -> None:
     (table,) = (t for t in known("benchmarks") if t.kept == "first_call.json")
     for row, found in zip(table.rows[1:], run("first_call.json")["results"], strict=True):

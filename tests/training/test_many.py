@@ -178,6 +178,20 @@ def test_evaluation_and_early_stopping() -> None:
                 assert results[name].accuracy == pytest.approx(sum(right) / len(own))
 
 
+def test_held_out_rows_of_like_length_go_together() -> None:
+    """Long and short ones in turn, more of each than a pass takes: nothing is padding."""
+    data = [examples(9, 1)[at] for at in (0, 4)]
+    lengths = [len(example["input_ids"]) for example in data]
+    assert lengths[0] != lengths[1]
+    job = (config(), data, TrainSettings(steps=2, batch_size=1))
+    results = vera_fx.train_many(
+        classifier(), {"a": job}, held_out={"a": data * 32}, progress=False
+    )
+    assert results["a"].accuracy is not None
+    assert results.passes == 2 + 2
+    assert results.padding == 0
+
+
 @pytest.mark.parametrize(
     ("jobs", "options", "message"),
     [

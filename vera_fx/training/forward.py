@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from vera_fx.bank.bank import bank_of
 from vera_fx.errors import ConfigError
 from vera_fx.mixing.gather import TableNames
 from vera_fx.processes.group import Processes
@@ -20,6 +21,9 @@ from vera_fx.training.tables import Tables
 
 Row = tuple[str, Example]
 """A row of a batch: whose it is, and what."""
+
+_WINDOW = 64
+"""Passes' worth of held-out rows that are read and sorted by length at once, so that little is padding."""
 
 
 @dataclass(slots=True)
@@ -50,8 +54,20 @@ class Forward:
         Raises:
             ConfigError: the batch has no labels, or another number of rows.
         """
+        for part in self._of_one_dropout(rows):
+            yield from self._batches(part)
+
+    def _of_one_dropout(self, rows: Sequence[Row]) -> list[list[Row]]:
+        """In train mode rows whose adapters drop differently go apart: a graph drops at one rate."""
+        parts: dict[float, list[Row]] = {}
+        for row in rows:
+            rate = bank_of(self.model).adapter(row[0]).config.dropout if self.model.training else 0
+            parts.setdefault(rate, []).append(row)
+        return [part for _, part in sorted(parts.items())]
+
+    def _batches(self, rows: Sequence[Row]) -> Iterator[tuple[list[str], Batch]]:
         lengths = [length_of(example) for _, example in rows]
-        for chosen in packed(lengths, self.most) if rows else ():
+        for chosen in packed(lengths, self.most):
             batch = dict(self.collate([rows[row][1] for row in chosen]))
             labels = batch.get("labels")
             if not isinstance(labels, Tensor) or len(labels) != len(chosen):
@@ -162,7 +178,7 @@ def evaluate(
         forward: the model.
         jobs: those to evaluate, all in the same passes.
         tables: their values.
-        rows: most rows of a pass.
+        rows: most rows of a pass, those of all processes together.
     """
     jobs = list(jobs)
     found = _together(forward, "an evaluation", lambda: _evaluated(forward, jobs, tables, rows))
@@ -176,19 +192,21 @@ def evaluate(
 
 def _evaluated(forward: Forward, jobs: Iterable[Job], tables: Tables, rows: int) -> Counter[str]:
     """Sums of losses, labels and right answers over this process's share of the examples."""
-    found = Counter[str]()
+    found, own = Counter[str](), -(-rows // forward.processes.size)
     every = (
         (job.name, held, at) for job in jobs if (held := job.held_out) for at in range(len(held))
     )
-    while chunk := list(islice(every, rows)):
-        mine = [(name, held[at]) for name, held, at in forward.processes.share(chunk)]
-        for names, batch in forward.batches(mine):
-            losses, logits = forward.losses(names, batch, tables)
-            right = _right(forward, logits, batch["labels"])
-            each = zip(names, losses.sums.tolist(), losses.counts.tolist(), right, strict=True)
-            for name, *values in each:
-                for what, value in zip(("loss", "count", "hits"), values, strict=True):
-                    found[f"{what} {name}"] += value
+    while window := list(islice(every, _WINDOW * rows)):
+        mine = [(name, held[at]) for name, held, at in forward.processes.share(window)]
+        mine.sort(key=lambda row: -length_of(row[1]))
+        for start in range(0, len(mine), own):
+            for names, batch in forward.batches(mine[start : start + own]):
+                losses, logits = forward.losses(names, batch, tables)
+                right = _right(forward, logits, batch["labels"])
+                each = zip(names, losses.sums.tolist(), losses.counts.tolist(), right, strict=True)
+                for name, *values in each:
+                    for what, value in zip(("loss", "count", "hits"), values, strict=True):
+                        found[f"{what} {name}"] += value
     return found
 
 
