@@ -54,8 +54,7 @@ class StateWatch:
     def state(self) -> int:
         """The number of the present state; cheap while nothing changes."""
         with self._lock:
-            handles = self._handles == RemovableHandle.next_id
-            if not handles or (self.hooked and stamp(self._hook_dicts) != self._hook_stamp):
+            if not self._hooks_unchanged():
                 self._look_for_hooks()
             if not (self._unchanged() or self._swapped()):
                 self._look()
@@ -67,6 +66,14 @@ class StateWatch:
             self._states.clear()
             self._swaps.forget()
             self._look()
+
+    def _hooks_unchanged(self) -> bool:
+        # Hooks on tensors, as FSDP2 sets some in every call, take numbers of the same counter.
+        if self._handles != RemovableHandle.next_id:
+            if not self._all_hooks.hold():
+                return False
+            self._handles = RemovableHandle.next_id
+        return not self.hooked or stamp(self._hook_dicts) == self._hook_stamp
 
     def _unchanged(self) -> bool:
         return self._parameters.hold() and self._rest_unchanged()
@@ -138,18 +145,17 @@ class StateWatch:
 
     def _look_for_hooks(self) -> None:
         self._handles = RemovableHandle.next_id
-        found = {
-            path: [hooks for name in _HOOKS if (hooks := self._foreign(module.__dict__[name]))]
-            for path, module in self._named.items()
-        }
+        every = {path: [m.__dict__[name] for name in _HOOKS] for path, m in self._named.items()}
+        self._all_hooks = DictMarks(hooks for dicts in every.values() for hooks in dicts)
+        found = {path: list(filter(self._has_foreign, dicts)) for path, dicts in every.items()}
         odd = {path for path, module in self._named.items() if is_odd(module)}
         self.hooked = tuple(path for path, dicts in found.items() if dicts or path in odd)
         self._hook_dicts = [hooks for dicts in found.values() for hooks in dicts]
         self._hook_stamp = stamp(self._hook_dicts)
 
-    def _foreign(self, hooks: dict[int, Any]) -> dict[int, Any]:
-        """The dictionary if there are hooks in it that have to run where Python calls modules."""
-        return hooks if any(map(self._has_to_run, hooks.values())) else {}
+    def _has_foreign(self, hooks: dict[int, Any]) -> bool:
+        """True if there are hooks in it that have to run where Python calls modules."""
+        return any(map(self._has_to_run, hooks.values()))
 
     def _has_to_run(self, hook: Any) -> bool:
         # Graphs do what hooks of tensor parallelism do, unless their module is odd.

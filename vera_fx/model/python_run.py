@@ -86,4 +86,5 @@ def run_in_python(
 def watched(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
     """Inside the block tensors of the targets that compute may be used by their modules only."""
     bank = bank_of(model)
-    return WeightWatch(model, bank) if bank.computing() else contextlib.nullcontext()
+    watch = WeightWatch(model, bank) if bank.computing() else None
+    return watch or contextlib.nullcontext()
