@@ -57,12 +57,11 @@ def sharded(model: Any, *, compiled: bool) -> nn.Module:
 
 def make(name: str, base: nn.Module, layers: int, form: str, *, whole: bool) -> System:
     """One method in one form; ``whole``: not sharded."""
-    model = METHODS[name](base, case(layers))
-    compiled = form == "compiled"
-    if whole:
-        model = torch.compile(model) if compiled else model  # type: ignore[assignment]
-    else:
+    model, compiled = METHODS[name](base, case(layers)), form == "compiled"
+    if not whole:
         model = sharded(model, compiled=compiled)
+    elif compiled:
+        model.compile()
     return System(name, model, [p for p in model.parameters() if p.requires_grad])
 
 
@@ -88,13 +87,11 @@ def _milliseconds(system: System, batch: dict[str, Any]) -> float:
     return 1e3 * (time.thread_time() - start)
 
 
-def equal_parts(layers: int) -> tuple[int, int]:
-    """How many captures a step of sharded layers makes, and how many parts take one over."""
+def equal_parts(layers: int) -> list[int]:
+    """For each capture that a step of sharded layers makes, how many parts share it."""
     model = sharded(METHODS["ours"](roberta(layers), case(layers)), compiled=False)
     System("ours", model, []).step(arguments(case(layers)))
-    from vera_fx.graphs.runtime import runtime_of
-    equal = runtime_of(model).parts.equal.shared
-    return sum(1 for _ in runtime_of(model).all_captures()), equal
+    return [len(row.parts) for row in vera_fx.explain(model).shared]
 
 
 def _work(rank: int, world: int, port: int, given: tuple[int, int], results: Any) -> None:
@@ -110,7 +107,7 @@ def _work(rank: int, world: int, port: int, given: tuple[int, int], results: Any
                 results.put({"where": where, "form": form, "milliseconds": found})
     parts = equal_parts(layers)
     if rank == 0:
-        results.put({"made": parts[0], "shared": parts[1]})
+        results.put({"parts of a capture": parts})
     dist.destroy_process_group()
 
 
@@ -158,9 +155,7 @@ def main(
         shares.append({"processes": world, **parts})
     show(layers, rows)
     for share in shares:
-        console.print(
-            f"{share['processes']} process(es): {share['made']} captures made, {share['shared']} taken over"
-        )
+        console.print(", ".join(f"{key}: {value}" for key, value in share.items()))
     write(output, {"layers": layers, "rounds": rounds, "results": rows, "parts": shares})
 
 

@@ -4,9 +4,10 @@ Constants count by value, containers by what they hold, everything else by ident
 """
 
 import enum
+import types
 import weakref
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import torch
@@ -75,3 +76,19 @@ def _of_container(value: Any, depth: int) -> Hashable:
     parts = (fact(part, depth + 1) for part in value)
     ordered = isinstance(value, list | tuple | deque)
     return type(value), tuple(parts) if ordered else frozenset(parts)
+
+
+def slots_of(cls: type) -> Iterator[types.MemberDescriptorType]:
+    """The slots of a class and of those above it."""
+    for base in cls.__mro__:
+        for held in base.__dict__.values():
+            if isinstance(held, types.MemberDescriptorType):
+                yield held
+
+
+def slot_value(value: Any, slot: types.MemberDescriptorType) -> Any:
+    """What a slot holds; None if nothing."""
+    try:
+        return slot.__get__(value)
+    except AttributeError:
+        return None

@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vera_fx.base.modules import original_class
-from vera_fx.capturing.facts import CONSTANTS, fact
+from vera_fx.capturing.facts import CONSTANTS, fact, slot_value, slots_of
 from vera_fx.products.opaque import is_opaque
 
 _LIBRARIES = frozenset(
@@ -71,6 +71,7 @@ class Reads:
         cells: cells of closures.
         slotted: objects with slots, and these.
         tensors: parameters and buffers, and the first of each module.
+        others: modules that were reached and are none of these; nothing was looked for in them.
     """
 
     readers: list[Reader] = field(default_factory=list[Reader])
@@ -81,6 +82,12 @@ class Reads:
     slotted: list[tuple[Any, types.MemberDescriptorType]] = field(default_factory=list)
     tensors: tuple[Tensor, ...] = ()
     first: tuple[Tensor, ...] = ()
+    others: list[nn.Module] = field(default_factory=list[nn.Module])
+
+    def reach(self, modules: Iterable[nn.Module]) -> bool:
+        """True if one of ``modules``, which are not all that was looked through, is among the others."""
+        wanted = {id(module) for module in modules} if self.others else set[int]()
+        return any(id(inner) in wanted for other in self.others for inner in other.modules())
 
 
 def reads_of(modules: Iterable[nn.Module]) -> Reads:
@@ -152,7 +159,10 @@ class _Walk:
 
     def _value(self, value: Any) -> None:
         """Look into what is reached."""
-        if isinstance(value, (*CONSTANTS, float, Tensor, nn.Module)) or id(value) in self._seen:
+        if isinstance(value, (*CONSTANTS, float, Tensor)) or id(value) in self._seen:
+            return
+        if isinstance(value, nn.Module):
+            self._found.others.append(value)
             return
         if len(self._seen) > _LIMIT:
             return
@@ -262,22 +272,6 @@ class _Walk:
 
 def _distinct(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
     return tuple({id(tensor): tensor for tensor in tensors}.values())
-
-
-def slots_of(cls: type) -> Iterator[types.MemberDescriptorType]:
-    """The slots of a class and of those above it."""
-    for base in cls.__mro__:
-        for held in base.__dict__.values():
-            if isinstance(held, types.MemberDescriptorType):
-                yield held
-
-
-def slot_value(value: Any, slot: types.MemberDescriptorType) -> Any:
-    """What a slot holds; None if nothing."""
-    try:
-        return slot.__get__(value)
-    except AttributeError:
-        return None
 
 
 def _names(code: types.CodeType) -> Iterator[str]:

@@ -8,7 +8,7 @@ capture, a restored one back to its graph.
 
 import itertools
 import threading
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from operator import attrgetter, is_
 from types import CellType
 from typing import Any
@@ -18,10 +18,10 @@ from torch.utils.hooks import RemovableHandle
 
 from vera_fx._torch import DictMarks, TensorMarks, stamp
 from vera_fx._torch_parallel import hook_parts
-from vera_fx.base.modules import asks_for_gradients, original_class
+from vera_fx.base.modules import asks_for_gradients, in_bank, original_class
 from vera_fx.base.swaps import Stamped, Swaps
-from vera_fx.capturing.facts import fact
-from vera_fx.capturing.reads import Reads, reads_of, slot_value
+from vera_fx.capturing.facts import fact, slot_value
+from vera_fx.capturing.reads import Reads, reads_of
 from vera_fx.products.kinds import is_odd
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -35,17 +35,25 @@ class StateWatch:
     Attributes:
         hooked: paths of modules with hooks that are not the library's, or other ways of being parallel
             than graphs know, in order.
+        outside: whether code of a part's modules may read others of the model, which are not watched.
     """
 
     def __init__(
-        self, modules: Callable[[], Iterable[tuple[str, nn.Module]]], ignored_hook: type
+        self,
+        modules: Callable[[], Iterable[tuple[str, nn.Module]]],
+        ignored_hook: type,
+        whole: "StateWatch | None" = None,
     ) -> None:
-        """Args: gives the modules by path as they are now; and the class of the library's hooks."""
+        """Args: gives the modules by path as they are now; and the class of the library's hooks.
+
+        The watch of the whole model, for one of a part: no state of one has a number of the other's.
+        """
         self._find, self._ignored_hook = modules, ignored_hook
         self.hooked: tuple[str, ...] = ()
+        self.outside, self._whole = False, whole
         self._states: dict[Hashable, int] = {}
         self._numbers: dict[Hashable, int] = {}
-        self._count = itertools.count()
+        self._count: Iterator[int] = whole._count if whole else itertools.count()
         self._current = -1
         self._swaps = Swaps()
         self._lock = threading.RLock()  # marks and number change together
@@ -105,6 +113,8 @@ class StateWatch:
         named = dict(self._find())
         reads = reads_of(named.values())
         self._take(reads)
+        if reads.others and self._whole is not None:
+            self.outside = reads.reach(module for _, module in self._whole._find())
         facts = tuple(map(self._numbered, self._facts(reads)))
         number = self._states.pop(facts, None)
         self._states[facts] = next(self._count) if number is None else number
@@ -177,3 +187,13 @@ def _is_set(cell: CellType) -> bool:
 def _holds(values: Any, entries: tuple[Any, ...]) -> bool:
     """True if a container has the very entries that it had."""
     return len(values) == len(entries) and all(map(is_, values, entries))
+
+
+def modules_at(model: nn.Module, entry: str) -> Callable[[], list[tuple[str, nn.Module]]]:
+    """Gives the modules at and below a path, as they are when it is called; without the bank's."""
+
+    def now() -> list[tuple[str, nn.Module]]:
+        found = model.get_submodule(entry).named_modules(prefix=entry)
+        return [(path, module) for path, module in found if not in_bank(path)]
+
+    return now

@@ -11,14 +11,14 @@ from vera_fx.bank.bank import AdapterBank, bank_of
 from vera_fx.bank.build import follow
 from vera_fx.bank.hooks import EagerHook
 from vera_fx.bank.slots import open_ranks
-from vera_fx.base.modules import ADAPTED, PART, in_bank, is_extended, original_class
+from vera_fx.base.modules import ADAPTED, PART, is_extended, original_class
 from vera_fx.base.sharding import has_parallel, is_sharded, spread_reason
 from vera_fx.caching.attribute_reads import attribute_reads_noted
 from vera_fx.caching.captures import captured
 from vera_fx.capturing.budget import Opening
 from vera_fx.capturing.export_call import Capture
 from vera_fx.capturing.signature import Call, CallReader
-from vera_fx.capturing.state_watch import StateWatch
+from vera_fx.capturing.state_watch import StateWatch, modules_at
 from vera_fx.errors import AdapterError, CaptureError, PassError, TargetError, first_line
 from vera_fx.graphs.advice import advise
 from vera_fx.graphs.choose_graph import adapted, mixed
@@ -30,7 +30,7 @@ from vera_fx.processes.reduced import Reduced
 from vera_fx.products.kinds import is_odd, place_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterator
+    from collections.abc import Hashable, Iterator
 
 
 _UNKNOWN: Any = object()
@@ -54,12 +54,30 @@ class Runtime:
         bound, self._forward = _entry_forward(model, entry, self._asked)
         self.reader = CallReader(bound)
         self._entry, self.parts = entry, whole.parts if whole else Parts()
-        self.watch = whole.watch if whole else StateWatch(_modules_of(model), EagerHook)
+        self._whole = whole
+        of_all = whole.watch if whole else None
+        self._watch = StateWatch(modules_at(model, entry), EagerHook, of_all)
         self.reduced = whole.reduced if whole else Reduced()
         self.entries: dict[str, Runtime] = {}
         self.kept = Kept()
         self._followed = _NONE
         self._lock = threading.RLock()
+
+    @property
+    def watch(self) -> StateWatch:
+        """Of what a graph may depend on: the part's own, if its code knows of no module outside of it.
+
+        A call of each part that looked through the whole model would cost the square of its layers.
+        """
+        if self._whole is None or not self._watch.outside:
+            return self._watch
+        return self._whole.watch
+
+    def refresh(self) -> None:
+        """Take everything for changed that a graph may depend on."""
+        self._watch.refresh()
+        for entry in self.entries.values():
+            entry.refresh()
 
     def all_captures(self) -> "Iterator[Capture]":
         """Every capture, those of calls of parts of the model included."""
@@ -108,7 +126,10 @@ class Runtime:
 
     def _follow(self, model: nn.Module) -> int:
         """The number of the model's state, which the bank knows as well."""
-        state = self.watch.state()
+        watch = self.watch
+        state = watch.state()
+        if watch is not self.watch:  # the code of the part has come to know of others
+            state = self.watch.state()
         if state != self._followed:
             # Nothing was watched before the first call: a parallel style may have come after adapt.
             if self._followed != _NONE or has_parallel(model):
@@ -224,11 +245,6 @@ def _ready(
     slots = bank_of(model).slots
     with slots.lock:  # a switch would give one structure's key to another's graph
         return Ready(adapted(model, capture, call), capture), slots.switches
-
-
-def _modules_of(model: nn.Module) -> "Callable[[], list[tuple[str, nn.Module]]]":
-    """Gives the model's own modules by path, as they are when it is called."""
-    return lambda: [(path, m) for path, m in model.named_modules() if not in_bank(path)]
 
 
 def _entry_forward(model: nn.Module, entry: str, asked: set[str]) -> tuple[Any, Any]:

@@ -34,9 +34,10 @@ class WeightWatch(TorchFunctionMode):
         TargetError: from the operator that uses one elsewhere.
     """
 
-    def __init__(self, model: nn.Module, bank: AdapterBank) -> None:
+    def __init__(self, model: nn.Module, bank: AdapterBank, inside: str = "") -> None:
+        """Args: the model, its bank, and the path below which targets are looked at."""
         super().__init__()
-        self._owners = dict(_tensors(model, bank))
+        self._owners = dict(_tensors(model, bank, f"{inside}." if inside else ""))
 
     def __bool__(self) -> bool:
         """False if there is nothing to look at: where no tensor of a target is whole now."""
@@ -86,12 +87,12 @@ class WeightWatch(TorchFunctionMode):
         return any(isinstance(leaf, Tensor) for leaf in tree_flatten(result)[0])
 
 
-def _tensors(model: nn.Module, bank: AdapterBank) -> Iterator[tuple[int, str]]:
-    """Every tensor of an adapted module, by identity, and the module's path.
+def _tensors(model: nn.Module, bank: AdapterBank, prefix: str) -> Iterator[tuple[int, str]]:
+    """Every tensor of the adapted modules with that prefix, by identity, and the module's path.
 
     Without those of which a process has a part only: nothing computes with these by mistake.
     """
-    for path in adapted_paths(bank):
+    for path in (p for p in adapted_paths(bank) if p.startswith(prefix)):
         module = model.get_submodule(path)
         for named in (module.named_parameters(), module.named_buffers()):
             yield from ((id(t), path) for _, t in named if not is_distributed(t))
