@@ -40,7 +40,7 @@ class Tables(Layer):
         return float(self.table[0])
 
 
-HOLDER: nn.Module
+HOLDER = nn.Module()
 
 
 class ByGlobal(Layer):

@@ -51,9 +51,7 @@ def key_of(
         Unreadable: some of what the model's code reads cannot be hashed.
     """
     modules = {path: m for path, m in model.named_modules() if not in_bank(path)}
-    reads = reads_of(modules.values())
-    if whole is not None and reads.reach(whole.modules()):
-        raise Unreadable("a module of the model that is not inside of this part")
+    reads = _reads(modules.values(), whole)
     contents = Contents(
         {id(module): path for path, module in modules.items()},
         read=frozenset(id(reader.where) for reader in reads.readers),
@@ -69,6 +67,13 @@ def key_of(
     for part in (FORMAT, _process(), *_versions(contents.libraries), *parts):
         found.update(hashlib.sha256(part.encode("utf-8", "surrogatepass")).digest())
     return found.hexdigest()
+
+
+def _reads(modules: Iterable[nn.Module], whole: nn.Module | None) -> Reads:
+    found = reads_of(modules)
+    if whole is not None and found.reach(whole.modules()):
+        raise Unreadable("a module of the model that is not inside of this part")
+    return found
 
 
 def _of_call(call: Call, settings: Any) -> Iterable[str]:
