@@ -63,8 +63,12 @@ def key_of(
         *_of_model(modules, contents),
         *_of_reads(reads, modules, contents, values),
     ]
+    return _hash((FORMAT, _process(), *_versions(contents.libraries), *parts))
+
+
+def _hash(parts: Iterable[str]) -> str:
     found = hashlib.sha256()
-    for part in (FORMAT, _process(), *_versions(contents.libraries), *parts):
+    for part in parts:
         found.update(hashlib.sha256(part.encode("utf-8", "surrogatepass")).digest())
     return found.hexdigest()
 

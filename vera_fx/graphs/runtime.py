@@ -12,7 +12,7 @@ from vera_fx.bank.build import follow
 from vera_fx.bank.hooks import EagerHook
 from vera_fx.bank.slots import open_ranks
 from vera_fx.base.modules import ADAPTED, PART, is_extended, original_class
-from vera_fx.base.sharding import has_parallel, is_sharded, spread_reason
+from vera_fx.base.sharding import has_parallel, is_sharded, refuse_flattened, spread_reason
 from vera_fx.caching.attribute_reads import attribute_reads_noted
 from vera_fx.caching.captures import captured
 from vera_fx.capturing.budget import Opening
@@ -131,6 +131,7 @@ class Runtime:
         if watch is not self.watch:  # the code of the part has come to know of others
             state = self.watch.state()
         if state != self._followed:
+            refuse_flattened(model)
             # Nothing was watched before the first call: a parallel style may have come after adapt.
             if self._followed != _NONE or has_parallel(model):
                 follow(model, bank_of(model))
