@@ -127,7 +127,8 @@ class EqualParts:
         capture = captured(model, (forward, reader), call, opening, settings)
         self.groups[capture] = next(self._numbers)
         if part is not None:
-            self._note(part, frozenset(asked), capture)
+            # A capture that was kept by another process ran no code here: it may have asked for anything.
+            self._note(part, frozenset(asked) or frozenset({ALL}), capture)
         return capture
 
     def _note(self, part: PartCall, asked: frozenset[str], capture: Capture) -> None:
