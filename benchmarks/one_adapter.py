@@ -23,11 +23,12 @@ def main(
     port: Annotated[int, typer.Option()],
     folder: Annotated[Path, typer.Option()] = Path("out/server"),
     threads: Annotated[int, typer.Option(min=1)] = 1,
+    device: Annotated[str, typer.Option(help="where the model is")] = "cpu",
 ) -> None:
     """Serve until interrupted."""
     torch.set_num_threads(threads)
     model, tokenizer = load_base()
-    vera_fx.load_adapter(model, folder / "adapters" / adapter)
+    vera_fx.load_adapter(model.to(device), folder / "adapters" / adapter)
     store = vera_fx.AdapterStore(model, folder / "adapters", capacity=64)  # says who exists
     vera_fx.merge(model)
     judge = classifier(model, tokenizer, mixed=False)

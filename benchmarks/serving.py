@@ -93,12 +93,14 @@ def main(
     seconds: Annotated[float, typer.Option(min=1.0, help="of load, each time")] = 8.0,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     threads: Annotated[int, typer.Option(min=1, help="of each of the four")] = 1,
+    device: Annotated[str, typer.Option(help="where models are")] = "cpu",
     folder: Annotated[Path, typer.Option()] = Path("out/server"),
     output: Annotated[Path, typer.Option()] = Path("out/bench_serving.json"),
 ) -> None:
     """Start all servers, and load one arrangement after the other; idle ones cost no time."""
     many, found = many_folder(folder), loads(clients, seconds)
-    one = ("benchmarks.one_adapter", "--folder", str(folder), "--threads", str(threads))
+    there = ("--device", device)
+    one = ("benchmarks.one_adapter", "--folder", str(folder), "--threads", str(threads), *there)
     with contextlib.ExitStack() as stack:
         four = [
             stack.enter_context(process(PORT + 1 + n, *one, "--adapter", domain))
@@ -106,7 +108,7 @@ def main(
         ]
         mixed = [
             stack.enter_context(
-                process(port, "examples.server", "--folder", str(place), "--rate", "0")
+                process(port, "examples.server", "--folder", str(place), "--rate", "0", *there)
             )
             for port, place in ((PORT, folder), (PORT + 5, many))
         ]
@@ -127,7 +129,16 @@ def main(
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**20
     each = rows[0]["memory_mib"] / len(DOMAINS)
     console.print(f"{MANY} processes would need {MANY * each:.0f} MiB; there are {total:.0f}")
-    write(output, {"clients": clients, "seconds": seconds, "threads": threads, "servers": rows})
+    write(
+        output,
+        {
+            "clients": clients,
+            "seconds": seconds,
+            "threads": threads,
+            "device": device,
+            "servers": rows,
+        },
+    )
 
 
 if __name__ == "__main__":

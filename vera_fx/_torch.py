@@ -154,6 +154,11 @@ class TensorMarks:
         return [[None] * tensor.ndim for tensor in self._tensors]
 
 
+def is_transformed(value: torch.Tensor) -> bool:
+    """True for a tensor inside of a transform of ``torch.func``, as ``vmap``, also in traced graphs."""
+    return bool(cast("Any", torch._C)._functorch.is_functorch_wrapped_tensor(value))
+
+
 def operator_arguments(namespace: str, name: str, overload: str) -> dict[str, str] | None:
     """Names and types of an operator's arguments; None if there is no such operator."""
     packet = getattr(getattr(torch.ops, namespace), name, None)

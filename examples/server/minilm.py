@@ -29,10 +29,12 @@ def load_base() -> tuple[Any, Any]:
     return model.eval(), AutoTokenizer.from_pretrained(bundled())
 
 
-def serving(folder: Path, capacity: int) -> tuple[Classify, vera_fx.AdapterStore]:
+def serving(
+    folder: Path, capacity: int, device: torch.device | str = "cpu"
+) -> tuple[Classify, vera_fx.AdapterStore]:
     """A model whose adapters are in ``folder/adapters``, as `examples.server.train` leaves them."""
     model, tokenizer = load_base()
-    vera_fx.load_adapter(model, folder / "kind", adapter_name="kind")
+    vera_fx.load_adapter(model.to(device), folder / "kind", adapter_name="kind")
     store = vera_fx.AdapterStore(model, folder / "adapters", capacity=capacity)
     classify = classifier(model, tokenizer)
     warm_up(classify, store)

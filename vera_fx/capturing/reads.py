@@ -67,6 +67,7 @@ class Reads:
         readers: dictionaries.
         empties: dictionaries of modules, and containers, that hold nothing now.
         modules: the modules.
+        owners: objects, and the dictionaries of their attributes.
         lists: containers whose changes leave no mark; compared entry by entry.
         cells: cells of closures.
         slotted: objects with slots, and these.
@@ -77,6 +78,9 @@ class Reads:
     readers: list[Reader] = field(default_factory=list[Reader])
     empties: list[Any] = field(default_factory=list[Any])
     modules: tuple[nn.Module, ...] = ()
+    owners: list[tuple[Any, dict[str, Any]]] = field(
+        default_factory=list[tuple[Any, dict[str, Any]]]
+    )
     lists: list[Any] = field(default_factory=list[Any])
     cells: list[types.CellType] = field(default_factory=list[types.CellType])
     slotted: list[tuple[Any, types.MemberDescriptorType]] = field(default_factory=list)
@@ -134,7 +138,7 @@ class _Walk:
         return self._found
 
     def _module(self, module: nn.Module) -> None:
-        self._attributes(module.__dict__, ignored=_ATTRIBUTES)
+        self._attributes(module, module.__dict__, ignored=_ATTRIBUTES)
         for held in (module._modules, module._parameters, module._buffers):
             if not held:
                 self._found.empties.append(held)
@@ -144,13 +148,16 @@ class _Walk:
                 self._found.readers.append(Reader(held, set()))
         self._class(original_class(module), of_module=True)
 
-    def _attributes(self, where: dict[Any, Any], *, ignored: frozenset[str] = frozenset()) -> None:
+    def _attributes(
+        self, owner: Any, where: dict[str, Any], *, ignored: frozenset[str] = frozenset()
+    ) -> None:
         """Attributes count whatever they are called.
 
         What they hold is looked into if some method mentions them: a trainer that a model knows is
         not read by its forward.
         """
         self._found.readers.append(Reader(where, ignored=ignored))
+        self._found.owners.append((owner, where))  # which another may take the place of
         self._objects.append(where)
 
     def _read(self, where: dict[Any, Any]) -> None:
@@ -163,8 +170,7 @@ class _Walk:
             return
         if isinstance(value, nn.Module):
             self._found.others.append(value)
-            return
-        if len(self._seen) > _LIMIT:
+        if isinstance(value, nn.Module) or len(self._seen) > _LIMIT:
             return
         self._seen.add(id(value))
         self._kept.append(value)
@@ -205,7 +211,7 @@ class _Walk:
         self._class(type(value))
         # Never by getattr: a class may answer names that it does not have, or fail.
         if type(value).__dictoffset__:
-            self._attributes(object.__getattribute__(value, "__dict__"))
+            self._attributes(value, object.__getattribute__(value, "__dict__"))
         for slot in slots_of(type(value)):
             self._found.slotted.append((value, slot))
             self._value(slot_value(value, slot))

@@ -16,8 +16,9 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from vera_fx._torch import DictMarks, TensorMarks, stamp
+from vera_fx._torch import TensorMarks, stamp
 from vera_fx._torch_parallel import hook_parts
+from vera_fx.base.marks import Marks
 from vera_fx.base.modules import asks_for_gradients, in_bank, original_class
 from vera_fx.base.swaps import Stamped, Swaps
 from vera_fx.capturing.facts import fact, slot_value
@@ -99,9 +100,7 @@ class StateWatch:
 
     def _rest_unchanged(self) -> bool:
         return (
-            self._dicts.hold()
-            and not any(self._empties)
-            and list(map(type, self._modules)) == self._types
+            self._marks.hold()
             and self._tensors.hold()
             and all(map(_holds, self._lists, self._entries))
             and all(map(is_, map(_content, self._cells), self._contents))
@@ -128,10 +127,9 @@ class StateWatch:
     def _take(self, reads: Reads) -> None:
         swapped = {id(module._parameters) for module in reads.modules}
         where = [reader.where for reader in reads.readers]
-        self._dicts = DictMarks(held for held in where if id(held) not in swapped)
-        self._parameters: DictMarks | Stamped = DictMarks(h for h in where if id(h) in swapped)
-        self._empties = reads.empties
-        self._modules, self._types = reads.modules, list(map(type, reads.modules))
+        others = (held for held in where if id(held) not in swapped)
+        self._marks = Marks(others, reads.empties, reads.modules, reads.owners)
+        self._parameters: Marks | Stamped = Marks(held for held in where if id(held) in swapped)
         self._tensors = TensorMarks(reads.first)
         self._lists, self._entries = reads.lists, [tuple(values) for values in reads.lists]
         self._cells = [cell for cell in reads.cells if _is_set(cell)]
@@ -156,7 +154,7 @@ class StateWatch:
     def _look_for_hooks(self) -> None:
         self._handles = RemovableHandle.next_id
         every = {path: [m.__dict__[name] for name in _HOOKS] for path, m in self._named.items()}
-        self._all_hooks = DictMarks(hooks for dicts in every.values() for hooks in dicts)
+        self._all_hooks = Marks(hooks for dicts in every.values() for hooks in dicts)
         found = {path: list(filter(self._has_foreign, dicts)) for path, dicts in every.items()}
         odd = {path for path, module in self._named.items() if is_odd(module)}
         self.hooked = tuple(path for path, dicts in found.items() if dicts or path in odd)

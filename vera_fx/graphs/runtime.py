@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from vera_fx._torch import any_global_hook
+from vera_fx._torch import any_global_hook, is_transformed
 from vera_fx.bank.bank import AdapterBank, bank_of
 from vera_fx.bank.build import follow
 from vera_fx.bank.hooks import EagerHook
 from vera_fx.bank.slots import open_ranks
 from vera_fx.base.modules import ADAPTED, PART, is_extended, original_class
 from vera_fx.base.sharding import has_parallel, is_sharded, refuse_flattened, spread_reason
-from vera_fx.caching.attribute_reads import attribute_reads_noted
 from vera_fx.caching.captures import captured
 from vera_fx.capturing.budget import Opening
 from vera_fx.capturing.export_call import Capture
@@ -24,7 +23,7 @@ from vera_fx.graphs.advice import advise
 from vera_fx.graphs.choose_graph import adapted, mixed
 from vera_fx.graphs.kept import Kept, Ready
 from vera_fx.graphs.machine import surroundings
-from vera_fx.graphs.parts import Parts, split
+from vera_fx.graphs.parts import Parts, entry_forward, split
 from vera_fx.mixing.mixer import Mix
 from vera_fx.processes.reduced import Reduced
 from vera_fx.products.kinds import is_odd, place_of
@@ -51,7 +50,7 @@ class Runtime:
         """Args: the model; the path of a part; and the runtime of the model, for that of a part."""
         open_ranks(self, "served")
         self._asked: set[str] = set()
-        bound, self._forward = _entry_forward(model, entry, self._asked)
+        bound, self._forward = entry_forward(model, entry, self._asked)
         self.reader = CallReader(bound)
         self._entry, self.parts = entry, whole.parts if whole else Parts()
         self._whole = whole
@@ -199,6 +198,7 @@ class Runtime:
                 f"the graph captured from this call of {type(model).__name__} does not admit the "
                 "call's own sizes; this is a fault of vera_fx, please report it with the model"
             )
+        _refuse_transforms(model, capture)
         ready = _ready(model, capture, call, mix)
         signature, before = self._signature(call), next(reversed(self.kept.captures), None)
         self.kept.add(signature, capture)
@@ -213,6 +213,22 @@ class Runtime:
 
     def _signature(self, call: Call) -> tuple[Any, ...]:
         return (call.structure(), self.watch.state(), surroundings())
+
+
+def _refuse_transforms(model: nn.Module, capture: Capture) -> None:
+    """Refuse a graph that calls targets inside of a transform: what a branch's values are is not noted there."""
+    targets = bank_of(model).structure.targets
+    for node in capture.graph.graph.nodes:
+        value = node.meta.get("val")
+        if not isinstance(value, torch.Tensor) or not is_transformed(value):
+            continue
+        read = {
+            str(n.target).rpartition(".")[0] for n in node.all_input_nodes if n.op == "get_attr"
+        }
+        if inside := sorted(read.intersection(targets)):
+            raise CaptureError(
+                f"torch.func transforms (vmap or the like) the call of {inside[0]!r}"
+            )
 
 
 def _is_spread(module: nn.Module) -> bool:
@@ -246,24 +262,6 @@ def _ready(
     slots = bank_of(model).slots
     with slots.lock:  # a switch would give one structure's key to another's graph
         return Ready(adapted(model, capture, call), capture), slots.switches
-
-
-def _entry_forward(model: nn.Module, entry: str, asked: set[str]) -> tuple[Any, Any]:
-    """The forward of a part of the model: bound, to read its signature; and as one of the model.
-
-    The latter adds the names of attributes that it asks for to ``asked``.
-    """
-    if not entry:
-        forward = original_class(model).forward
-        return forward.__get__(model), forward
-
-    def run(shell: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        # Not the module itself: its hooks run around the graph, where the part is called.
-        part = shell.get_submodule(entry)
-        with attribute_reads_noted(part, asked):
-            return part.forward(*args, **kwargs)
-
-    return model.get_submodule(entry).forward, run
 
 
 def require_adapted(model: nn.Module) -> AdapterBank:
