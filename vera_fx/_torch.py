@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import FunctionType  # noqa: TC003
 from typing import Any, ParamSpec, TypeVar, cast
@@ -268,25 +267,6 @@ def sharded_by(model: nn.Module) -> tuple[Any, frozenset[int]]:
     params = [p for group in groups for p in group.fsdp_params]
     known = [t for p in params for t in (p.sharded_param, getattr(p, "_unsharded_param", None))]
     return next((g.mesh_info.mesh for g in groups), None), frozenset(map(id, known))
-
-
-def flattened(model: nn.Module) -> bool:
-    """True inside of a call of FSDP1's ``FullyShardedDataParallel`` around the model, or with one in it.
-
-    It leaves no mark on what it wraps, but for the time of a call.
-    """
-    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None:
-        return False
-    wrapper = fsdp.FullyShardedDataParallel
-    if any(isinstance(module, wrapper) for module in model.modules()):
-        return True
-    frame: Any = sys._getframe()
-    while frame is not None:
-        if frame.f_code is wrapper.forward.__code__:
-            return any(module is model for module in frame.f_locals["self"].modules())
-        frame = frame.f_back
-    return False
 
 
 def after_backward(function: Callable[[], None]) -> None:

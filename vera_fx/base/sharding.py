@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vera_fx._torch import flattened
+from vera_fx._torch_parallel import flattened
 from vera_fx.base.modules import original_class
 from vera_fx.errors import AdapterError, TargetError
 from vera_fx.products.kinds import style_of
