@@ -2,6 +2,7 @@
 
 python -m benchmarks.host                  # 6, 12, 24, 48 layers
 python -m benchmarks.host --first          # the first step as well, cold and warm (minutes)
+python -m benchmarks.host_parts            # layers that run graphs of their own, under FSDP2
 """
 
 import copy

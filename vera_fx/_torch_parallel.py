@@ -5,11 +5,12 @@ every process, and so is its gradient. These functions are where the one becomes
 graphs call them, and torch.compile traces into them: collectives are torch's functional ones.
 """
 
+import sys
 from types import FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _HOOKED_BY = "torch.distributed.tensor."
 
@@ -112,3 +113,22 @@ def closure_of(function: FunctionType) -> dict[str, Any]:
     cells = function.__closure__ or ()
     names = function.__code__.co_freevars
     return {name: cell.cell_contents for name, cell in zip(names, cells, strict=True)}
+
+
+def flattened(model: nn.Module) -> bool:
+    """True inside of a call of FSDP1's ``FullyShardedDataParallel`` around the model, or with one in it.
+
+    It leaves no mark on what it wraps, but for the time of a call.
+    """
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return False
+    wrapper = fsdp.FullyShardedDataParallel
+    if any(isinstance(module, wrapper) for module in model.modules()):
+        return True
+    frame: Any = sys._getframe()
+    while frame is not None:
+        if frame.f_code is wrapper.forward.__code__:
+            return any(module is model for module in frame.f_locals["self"].modules())
+        frame = frame.f_back
+    return False

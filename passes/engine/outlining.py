@@ -147,7 +147,7 @@ class Outliner:
         return self._bodies[key]
 
 
-def outline_whole(gm: GraphModule, bodies: MutableMapping[str, GraphModule]) -> bool:
+def outline_whole(gm: GraphModule, bodies: MutableMapping[str, GraphModule]) -> GraphModule | None:
     """Let a graph do nothing but call one body, which all graphs that compute the same share.
 
     Args:
@@ -155,20 +155,20 @@ def outline_whole(gm: GraphModule, bodies: MutableMapping[str, GraphModule]) -> 
         bodies: the bodies that there are, by what they compute.
 
     Returns:
-        False, with nothing changed, if the graph reads more than tensors: modules are other code for
-        every graph.
+        The body; None, with nothing changed, if the graph reads more than tensors: modules are other
+        code for every graph.
     """
     run = Run("", tuple(body_nodes(gm.graph)))
     read = [node for node in inputs_of(run.nodes) if node.op == "get_attr"]
     if not (run.nodes and all(isinstance(node.meta.get("val"), Tensor) for node in read)):
-        return False
+        return None
     key = fingerprint(run.nodes)
 
     def hold(body: GraphModule, _: int) -> Any:
         return bodies.setdefault(key, body).forward
 
     Outliner(gm, "body", hold, operator.call).outline(run, Tag("outline_whole"))
-    return True
+    return bodies[key]
 
 
 def _copied(nodes: Sequence[Node], inputs: Sequence[Node], results: Sequence[Node]) -> Graph:

@@ -37,16 +37,30 @@ def two_processes(case: Callable[..., None]) -> Callable[..., None]:
     return test
 
 
-class Pair:
-    """Two processes that wait for cases."""
+def four_processes(case: Callable[..., None]) -> Callable[..., None]:
+    """Run a test in four processes of its own: for meshes of two dimensions."""
 
-    def __init__(self) -> None:
+    @functools.wraps(case)
+    def test(**parameters: Any) -> None:
+        four = Pair(2 * WORLD)
+        try:
+            four.run(case, parameters)
+        finally:
+            four.stop()
+
+    return test
+
+
+class Pair:
+    """Two processes that wait for cases, or as many as are asked for."""
+
+    def __init__(self, world: int = WORLD) -> None:
         context, port = multiprocessing.get_context("spawn"), _free_port()
         self._pipes: list[Connection] = []
         self._processes: list[Any] = []
-        for rank in range(WORLD):
+        for rank in range(world):
             ours, theirs = context.Pipe()
-            arguments = (rank, port, theirs)
+            arguments = (rank, world, port, theirs)
             process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
@@ -98,11 +112,11 @@ class Pair:
             return f"the process died with exit code {self._processes[rank].exitcode}"
 
     def stop(self) -> None:
-        """End both processes."""
+        """End the processes."""
         for process in self._processes:
             process.kill()
             process.join()
-        _pairs.clear()
+        _pairs[:] = [known for known in _pairs if known is not self]
 
 
 _pairs: list[Pair] = []
@@ -121,13 +135,13 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _serve(rank: int, port: int, pipe: Connection) -> None:
+def _serve(rank: int, world: int, port: int, pipe: Connection) -> None:
     """Run cases until the pipe is closed."""
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(WORLD),
-        LOCAL_WORLD_SIZE=str(WORLD),
+        WORLD_SIZE=str(world),
+        LOCAL_WORLD_SIZE=str(world),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
         ACCELERATE_USE_CPU="true",
@@ -135,7 +149,7 @@ def _serve(rank: int, port: int, pipe: Connection) -> None:
     torch.set_num_threads(1)
     # As in the suite: warnings of ours are errors unless a case expects them.
     warnings.filterwarnings("error", module=r"vera_fx(\..*)?")
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=60))
     while True:
         try:
             module, name, parameters = pipe.recv()

@@ -16,7 +16,15 @@ import vera_fx
 from tests.distributed.pair import two_processes
 from tests.distributed.test_example import ROOT, run
 from tests.distributed.test_fsdp2_files import shared
-from tests.distributed.training import adapted, base, batches, mean_loss
+from tests.distributed.training import (
+    adapted,
+    assert_trained,
+    base,
+    batches,
+    mean_loss,
+    mine,
+    trained_alone,
+)
 from tests.helpers import assert_close, assert_far_apart
 
 ROWS = 11
@@ -89,3 +97,36 @@ def test_the_launcher_with_the_examples_files(tmp_path: Path) -> None:
     assert states[0].keys() == states[1].keys()
     for key, value in states[0].items():
         assert_close(states[1][key], value, factor=100, what=key)
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+@two_processes
+def test_states_are_saved_and_resumed(how: str, tmp_path: Path) -> None:
+    """By accelerate's own ``save_state``: another run goes on where the first would have."""
+    data, folder = [mine(batch) for batch in batches(4)], shared(tmp_path) / "state"
+
+    def started() -> tuple[Accelerator, nn.Module, Any]:
+        tool, model = accelerator(how), adapted()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+        return tool, *tool.prepare(model, optimizer)
+
+    def steps(
+        tool: Accelerator, model: nn.Module, optimizer: Any, rows: list[torch.Tensor]
+    ) -> None:
+        for batch in rows:
+            tool.backward(mean_loss(model.train()(batch)))
+            optimizer.step()
+            optimizer.zero_grad()
+
+    first = started()
+    steps(*first, data[:2])
+    first[0].save_state(str(folder))
+    steps(*first, data[2:])
+    expected = vera_fx.adapter_state_dict(first[1])
+    again = started()
+    again[0].load_state(str(folder))
+    steps(*again, data[2:])
+    for key, value in vera_fx.adapter_state_dict(again[1]).items():
+        assert_close(value, expected[key], what=key)
+    alone = trained_alone(batches(4))
+    assert_trained(again[1], alone, factor=5)

@@ -1,6 +1,7 @@
 """A Llama under FSDP2: training with its own loss, generate, tied embeddings, accelerate."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -96,3 +97,15 @@ def test_accelerates_plugin(sparing: bool) -> None:
         optimizer.zero_grad()
     train(alone, IDS)
     assert_trained(model, vectors(alone), factor=5)
+
+
+@two_processes
+def test_a_second_model_generates_the_same_from_kept_captures(tmp_path: Path) -> None:
+    """Layers whose code asks for their number are captured each, and kept each."""
+    base, options = llama(), {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    expected = adapted(copy.deepcopy(base)).eval().generate(IDS, **options)
+    own = tmp_path / str(torch.distributed.get_rank())
+    with vera_fx.capture_cache(own):
+        for _ in range(2):
+            model = sharded(adapted(copy.deepcopy(base)).eval())
+            assert torch.equal(model.generate(IDS, **options), expected)

@@ -117,6 +117,19 @@ def test_the_table_of_switches_is_its_runs() -> None:
         assert row == (str(case["layers"]), str(case["adapters"]), *shown)
 
 
+def test_the_table_of_sharded_layers_is_its_run() -> None:
+    (table,) = (t for t in known("distributed") if t.kept == "host_parts.json")
+    found = run("host_parts.json")
+    assert table.command == found["command"]
+    assert [row["parts of a capture"] for row in found["parts"]] == [[found["layers"]]] * 2
+    for cells, row in zip(table.rows[1:], found["results"], strict=True):
+        ms = row["milliseconds"]
+        shown = (
+            f"{ms[name] / found['layers']:.2f}" for name in ("floor", "peft", "lora r=8", "ours")
+        )
+        assert cells == (row["where"], row["form"], *shown, f"{ms['ours'] / ms['peft']:.2f}")
+
+
 def front_page(command: str) -> tuple[str, str]:
     rows = re.findall(r"^\|(.*)\| `(.*)` \|$", (DOCS / "index.md").read_text(), re.MULTILINE)
     (cells,) = (cells for cells, found in rows if found == command)

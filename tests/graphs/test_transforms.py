@@ -49,3 +49,26 @@ def test_a_batch_cannot_mix_adapters_there() -> None:
     names = ["default", "__base__", "default"]
     with pytest.raises(vera_fx.CaptureError, match=r"torch\.func transforms it"):
         torch.func.grad(lambda x: model(x, adapter_names=names).sum())(X)
+
+
+@pytest.mark.parametrize("plan", ["factored", "merged"])
+def test_gradients_of_each_sample(plan: str) -> None:
+    """``vmap`` of ``grad`` over ``functional_call``, with respect to the vectors."""
+    torch.manual_seed(0)
+    model = vera_fx.adapt(
+        MLP().eval(), vera_fx.VeraConfig(r=3, target_modules="all-linear", plan=plan)
+    )
+    fill_vectors(model)
+    trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+
+    def loss(vectors: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(model, vectors, (x[None],)).sin().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(trained, X)
+    live = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    for row, x in enumerate(X):
+        wanted = torch.autograd.grad(model(x[None]).sin().sum(), list(live.values()))
+        for name, expected in zip(live, wanted, strict=True):
+            assert expected.abs().sum() > 0
+            assert_close(found[name][row], expected, factor=5, what=name)
+    assert_far_apart(found[name][0], found[name][1])

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vera_fx.errors import TargetError
+from vera_fx._torch_parallel import flattened
+from vera_fx.base.modules import original_class
+from vera_fx.errors import AdapterError, TargetError
 from vera_fx.products.kinds import style_of
 
 _SHARDED = "its parameters are sharded (fully_shard), and gathered by hooks of the modules"
@@ -46,12 +48,28 @@ def is_distributed(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor") and hasattr(tensor, "device_mesh")
 
 
+def refuse_flattened(model: nn.Module) -> None:
+    """Refuse a model under FSDP1.
+
+    Raises:
+        AdapterError: ``FullyShardedDataParallel`` is in it, or around it and calls it now.
+    """
+    if flattened(model):
+        raise AdapterError(
+            f"this {original_class(model).__name__} is under FullyShardedDataParallel (FSDP1), which "
+            "keeps parameters as views of flat tensors that come and go, where graphs find none to read; "
+            "shard its layers and the model by fully_shard (FSDP2), which takes the place of FSDP1 in torch"
+        )
+
+
 def check_gathered(model: nn.Module) -> None:
     """Refuse a model with parameters that are cut by two hands, or by none that is known.
 
     Raises:
         TargetError: tensor parallelism below ``fully_shard``, or tensors distributed by hand.
+        AdapterError: the model is, or has in it, a ``FullyShardedDataParallel``.
     """
+    refuse_flattened(model)
     modules = dict(model.named_modules())
     for path, module in modules.items():
         for name, tensor in module._parameters.items():

@@ -4,8 +4,9 @@ They are equal if all that their code may read is, by content; but for attribute
 (a layer's number), which may differ if nothing asked for them while the first was captured.
 """
 
+import itertools
 import weakref
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,7 +50,8 @@ class PartCall:
         part = model.get_submodule(path)
         values: dict[tuple[str, str], Any] = {}
         try:
-            key = key_of(part, original_class(part).forward, call, opening, settings, values)
+            forward = original_class(part).forward
+            key = key_of(part, forward, call, opening, settings, values, model)
         except Unreadable:
             return None
         return cls(path, key, values)
@@ -80,10 +82,20 @@ class EqualParts:
 
     Attributes:
         shared: how many captures were.
+        groups: a number for each capture that is kept, the same for those that were made from one.
+        apart: for captures that another part's could have been, but for attributes that were asked for,
+            the names of these.
     """
 
     shared: int = 0
+    groups: "weakref.WeakKeyDictionary[Capture, int]" = field(
+        default_factory=weakref.WeakKeyDictionary
+    )
+    apart: "weakref.WeakKeyDictionary[Capture, frozenset[str]]" = field(
+        default_factory=weakref.WeakKeyDictionary
+    )
     _known: dict[str, list[_Captured]] = field(default_factory=dict[str, list[_Captured]])
+    _numbers: Iterator[int] = field(default_factory=itertools.count)
 
     def captured(
         self,
@@ -113,11 +125,15 @@ class EqualParts:
             return found
         asked.clear()
         capture = captured(model, (forward, reader), call, opening, settings)
+        self.groups[capture] = next(self._numbers)
         if part is not None:
-            self._note(part, frozenset(asked), capture)
+            # A capture that was kept by another process ran no code here: it may have asked for anything.
+            self._note(part, frozenset(asked) or frozenset({ALL}), capture)
         return capture
 
     def _note(self, part: PartCall, asked: frozenset[str], capture: Capture) -> None:
+        known = self._known.get(part.key, [])
+        self.apart[capture] = frozenset[str]().union(*(_between(part, k) for k in known))
         found = self._known.setdefault(part.key, [])
         found[:] = [known for known in found if known.capture() is not None][-_LIMIT:]
         found.append(_Captured(part, asked, weakref.ref(capture)))
@@ -125,16 +141,24 @@ class EqualParts:
     def _find(self, model: nn.Module, part: PartCall, call: Call) -> Capture | None:
         """The capture of a part that is equal, as one of this part; None if there is none."""
         for known in self._known.get(part.key, []):
-            capture, differing = known.capture(), part.differs_in(known.part)
-            if capture is None or differing & known.asked or (differing and ALL in known.asked):
+            capture = known.capture()
+            if capture is None or _between(part, known):
                 continue
             if not capture.guards.admit(call.leaves):
                 continue
             moved = _moved(capture, model, known.part.path, part.path)
             if moved is not None:
                 self.shared += 1
-                return cleaned(model, call, moved)
+                own = cleaned(model, call, moved)
+                self.groups[own] = self.groups[capture]
+                return own
         return None
+
+
+def _between(part: PartCall, known: _Captured) -> set[str]:
+    """The attributes that keep a part from taking a capture over: asked for, and not the same there."""
+    differing = part.differs_in(known.part)
+    return differing if ALL in known.asked else differing & known.asked
 
 
 def _moved(capture: Capture, model: nn.Module, old: str, new: str) -> Exported | None:

@@ -15,7 +15,7 @@ from torch import nn
 
 from vera_fx._context import cached
 from vera_fx.base.modules import in_bank, original_class
-from vera_fx.caching.content import Contents
+from vera_fx.caching.content import Contents, Unreadable
 from vera_fx.capturing.budget import Opening
 from vera_fx.capturing.reads import Reader, Reads, reads_of
 from vera_fx.capturing.signature import Call
@@ -33,6 +33,7 @@ def key_of(
     opening: Opening,
     settings: Any,
     values: dict[tuple[str, str], Any] | None = None,
+    whole: nn.Module | None = None,
 ) -> str:
     """The key under which a capture of a call is kept.
 
@@ -44,12 +45,13 @@ def key_of(
         settings: what of torch's settings a graph may have baked in.
         values: where to put attributes of modules that are plain values, by path and name, in the place
             of counting them; None to count all.
+        whole: the model that ``model`` is a part of.
 
     Raises:
         Unreadable: some of what the model's code reads cannot be hashed.
     """
     modules = {path: m for path, m in model.named_modules() if not in_bank(path)}
-    reads = reads_of(modules.values())
+    reads = _reads(modules.values(), whole)
     contents = Contents(
         {id(module): path for path, module in modules.items()},
         read=frozenset(id(reader.where) for reader in reads.readers),
@@ -61,10 +63,21 @@ def key_of(
         *_of_model(modules, contents),
         *_of_reads(reads, modules, contents, values),
     ]
+    return _hash((FORMAT, _process(), *_versions(contents.libraries), *parts))
+
+
+def _hash(parts: Iterable[str]) -> str:
     found = hashlib.sha256()
-    for part in (FORMAT, _process(), *_versions(contents.libraries), *parts):
+    for part in parts:
         found.update(hashlib.sha256(part.encode("utf-8", "surrogatepass")).digest())
     return found.hexdigest()
+
+
+def _reads(modules: Iterable[nn.Module], whole: nn.Module | None) -> Reads:
+    found = reads_of(modules)
+    if whole is not None and found.reach(whole.modules()):
+        raise Unreadable("a module of the model that is not inside of this part")
+    return found
 
 
 def _of_call(call: Call, settings: Any) -> Iterable[str]:

@@ -8,6 +8,9 @@ from vera_fx._torch import skip_frame
 from vera_fx._torch_graphs import copy_of
 from vera_fx.passes import is_outlined, outline_whole
 
+_Called = tuple[GraphModule, GraphModule] | None
+"""A graph that does nothing but call a function, and that; None for one that is compiled as it is."""
+
 
 class SharedBodies:
     """The functions that the compiled graphs of a model's parts are calls of.
@@ -18,9 +21,7 @@ class SharedBodies:
 
     def __init__(self) -> None:
         self._bodies: weakref.WeakValueDictionary[str, GraphModule] = weakref.WeakValueDictionary()
-        self._calls: weakref.WeakKeyDictionary[GraphModule, GraphModule | None] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._calls: weakref.WeakKeyDictionary[GraphModule, _Called] = weakref.WeakKeyDictionary()
 
     def call_of(self, graph: GraphModule) -> GraphModule:
         """A graph that does nothing but call the function of all that compute the same as ``graph``.
@@ -29,12 +30,21 @@ class SharedBodies:
         """
         if graph not in self._calls:
             self._calls[graph] = None if is_outlined(graph.graph) else self._made(graph)
-        return self._calls[graph] or graph
+        called = self._calls[graph]
+        return graph if called is None else called[0]
 
-    def _made(self, graph: GraphModule) -> GraphModule | None:
+    def compiled_for(self, graph: GraphModule) -> GraphModule | None:
+        """What a compiler was given for ``graph``: a function, or the graph itself; None if nothing yet."""
+        if graph not in self._calls:
+            return None
+        called = self._calls[graph]
+        return graph if called is None else called[1]
+
+    def _made(self, graph: GraphModule) -> "_Called":
         calling = copy_of(graph)
-        if not outline_whole(calling, self._bodies):
+        body = outline_whole(calling, self._bodies)
+        if body is None:
             return None
         calling.recompile()
         skip_frame(type(calling).forward)
-        return calling
+        return calling, body

@@ -4,6 +4,7 @@ Constants count by value, containers by what they hold, everything else by ident
 """
 
 import enum
+import sys
 import types
 import weakref
 from collections import deque
@@ -15,6 +16,13 @@ import torch
 CONSTANTS = (
     bool, int, complex, str, bytes, type(None), enum.Enum, slice, range,
     torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size,
+)  # fmt: skip
+
+_LIBRARIES = frozenset(
+    {"torch", "torchvision", "vera_fx", "numpy", "scipy", "pandas", "PIL", "safetensors", "tokenizers",
+     "accelerate", "deepspeed", "lightning", "lightning_fabric", "pytorch_lightning", "wandb",
+     "huggingface_hub", "datasets", "tqdm", "rich", "typing_extensions", "packaging", "regex", "yaml",
+     "filelock", "sympy", "pytest", "_pytest", "hypothesis", *sys.stdlib_module_names}
 )  # fmt: skip
 
 _DEPTH = 16
@@ -92,3 +100,8 @@ def slot_value(value: Any, slot: types.MemberDescriptorType) -> Any:
         return slot.__get__(value)
     except AttributeError:
         return None
+
+
+def is_library(module: str) -> bool:
+    """Whether a module is of a library that is taken as it is."""
+    return module.partition(".")[0] in _LIBRARIES

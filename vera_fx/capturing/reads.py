@@ -9,7 +9,6 @@ they are.
 import argparse
 import functools
 import gc
-import sys
 import types
 from collections import UserDict, UserList, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
@@ -20,20 +19,14 @@ from torch import Tensor, nn
 
 from vera_fx.base.hf import HOOKED
 from vera_fx.base.modules import original_class
-from vera_fx.capturing.facts import CONSTANTS, fact, slot_value, slots_of
+from vera_fx.capturing.facts import CONSTANTS, fact, is_library, slot_value, slots_of
 from vera_fx.products.opaque import is_opaque
 
-_LIBRARIES = frozenset(
-    {"torch", "torchvision", "vera_fx", "numpy", "scipy", "pandas", "PIL", "safetensors", "tokenizers",
-     "accelerate", "deepspeed", "lightning", "lightning_fabric", "pytorch_lightning", "wandb",
-     "huggingface_hub", "datasets", "tqdm", "rich", "typing_extensions", "packaging", "regex", "yaml",
-     "filelock", "sympy", "pytest", "_pytest", "hypothesis", *sys.stdlib_module_names}
-)  # fmt: skip
 _HOLDERS = (types.SimpleNamespace, argparse.Namespace, UserDict, UserList)
 """Classes of Python's own that are there to hold what users put into them."""
 
-_UNREAD = {"_previous_max_cache_length", HOOKED}  # what transformers notes for itself
-_ATTRIBUTES = (frozenset(nn.Module().__dict__) - {"training"}) | _UNREAD
+_NOTES = {"_previous_max_cache_length", HOOKED}  # of transformers, for itself
+_ATTRIBUTES = (frozenset(nn.Module().__dict__) - {"training"}) | _NOTES
 _LIMIT = 50_000
 """Objects that are looked at; a model with more is watched as far as that."""
 
@@ -73,6 +66,7 @@ class Reads:
         cells: cells of closures.
         slotted: objects with slots, and these.
         tensors: parameters and buffers, and the first of each module.
+        others: modules that were reached and are none of these; nothing was looked for in them.
     """
 
     readers: list[Reader] = field(default_factory=list[Reader])
@@ -86,6 +80,12 @@ class Reads:
     slotted: list[tuple[Any, types.MemberDescriptorType]] = field(default_factory=list)
     tensors: tuple[Tensor, ...] = ()
     first: tuple[Tensor, ...] = ()
+    others: list[nn.Module] = field(default_factory=list[nn.Module])
+
+    def reach(self, modules: Iterable[nn.Module]) -> bool:
+        """True if one of ``modules``, which are not all that was looked through, is among the others."""
+        wanted = {id(module) for module in modules} if self.others else set[int]()
+        return any(id(inner) in wanted for other in self.others for inner in other.modules())
 
 
 def reads_of(modules: Iterable[nn.Module]) -> Reads:
@@ -160,9 +160,11 @@ class _Walk:
 
     def _value(self, value: Any) -> None:
         """Look into what is reached."""
-        if isinstance(value, (*CONSTANTS, float, Tensor, nn.Module)) or id(value) in self._seen:
+        if isinstance(value, (*CONSTANTS, float, Tensor)) or id(value) in self._seen:
             return
-        if len(self._seen) > _LIMIT:
+        if isinstance(value, nn.Module):
+            self._found.others.append(value)
+        if isinstance(value, nn.Module) or len(self._seen) > _LIMIT:
             return
         self._seen.add(id(value))
         self._kept.append(value)
@@ -280,11 +282,6 @@ def _names(code: types.CodeType) -> Iterator[str]:
             yield from _names(constant)
         elif isinstance(constant, str) and constant.isidentifier():
             yield constant
-
-
-def is_library(module: str) -> bool:
-    """Whether a module is of a library that is taken as it is."""
-    return module.partition(".")[0] in _LIBRARIES
 
 
 def _dict_of(cls: type) -> dict[str, Any]:

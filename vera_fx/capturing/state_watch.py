@@ -8,7 +8,7 @@ capture, a restored one back to its graph.
 
 import itertools
 import threading
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from operator import attrgetter, is_
 from types import CellType
 from typing import Any
@@ -20,7 +20,7 @@ from vera_fx._torch import TensorMarks, stamp
 from vera_fx._torch_parallel import hook_parts
 from vera_fx.base.hf import recorded_by
 from vera_fx.base.marks import Marks
-from vera_fx.base.modules import asks_for_gradients, original_class
+from vera_fx.base.modules import asks_for_gradients, in_bank, original_class
 from vera_fx.base.swaps import Stamped, Swaps
 from vera_fx.capturing.facts import fact, slot_value
 from vera_fx.capturing.reads import Reads, reads_of
@@ -38,18 +38,26 @@ class StateWatch:
         hooked: paths of modules with hooks that are not the library's, or other ways of being parallel
             than graphs know, in order.
         recorders: paths of modules whose outputs hooks of transformers note, and under which names.
+        outside: whether code of a part's modules may read others of the model, which are not watched.
     """
 
     def __init__(
-        self, modules: Callable[[], Iterable[tuple[str, nn.Module]]], ignored_hook: type
+        self,
+        modules: Callable[[], Iterable[tuple[str, nn.Module]]],
+        ignored_hook: type,
+        whole: "StateWatch | None" = None,
     ) -> None:
-        """Args: gives the modules by path as they are now; and the class of the library's hooks."""
+        """Args: gives the modules by path as they are now; and the class of the library's hooks.
+
+        The watch of the whole model, for one of a part: no state of one has a number of the other's.
+        """
         self._find, self._ignored_hook = modules, ignored_hook
         self.hooked: tuple[str, ...] = ()
         self.recorders: dict[str, set[str]] = {}
+        self.outside, self._whole = False, whole
         self._states: dict[Hashable, int] = {}
         self._numbers: dict[Hashable, int] = {}
-        self._count = itertools.count()
+        self._count: Iterator[int] = whole._count if whole else itertools.count()
         self._current = -1
         self._swaps = Swaps()
         self._lock = threading.RLock()  # marks and number change together
@@ -58,8 +66,7 @@ class StateWatch:
     def state(self) -> int:
         """The number of the present state; cheap while nothing changes."""
         with self._lock:
-            handles = self._handles == RemovableHandle.next_id
-            if not handles or (self.hooked and stamp(self._hook_dicts) != self._hook_stamp):
+            if not self._hooks_unchanged():
                 self._look_for_hooks()
             if not (self._unchanged() or self._swapped()):
                 self._look()
@@ -71,6 +78,14 @@ class StateWatch:
             self._states.clear()
             self._swaps.forget()
             self._look()
+
+    def _hooks_unchanged(self) -> bool:
+        # Hooks on tensors, as FSDP2 sets some in every call, take numbers of the same counter.
+        if self._handles != RemovableHandle.next_id:
+            if not self._all_hooks.hold():
+                return False
+            self._handles = RemovableHandle.next_id
+        return not self.hooked or stamp(self._hook_dicts) == self._hook_stamp
 
     def _unchanged(self) -> bool:
         return self._parameters.hold() and self._rest_unchanged()
@@ -100,6 +115,8 @@ class StateWatch:
         named = dict(self._find())
         reads = reads_of(named.values())
         self._take(reads)
+        if reads.others and self._whole is not None:
+            self.outside = reads.reach(module for _, module in self._whole._find())
         facts = tuple(map(self._numbered, self._facts(reads)))
         number = self._states.pop(facts, None)
         self._states[facts] = next(self._count) if number is None else number
@@ -139,10 +156,9 @@ class StateWatch:
 
     def _look_for_hooks(self) -> None:
         self._handles = RemovableHandle.next_id
-        found = {
-            path: [hooks for name in _HOOKS if (hooks := self._foreign(module.__dict__[name]))]
-            for path, module in self._named.items()
-        }
+        every = {path: [m.__dict__[name] for name in _HOOKS] for path, m in self._named.items()}
+        self._all_hooks = Marks(hooks for dicts in every.values() for hooks in dicts)
+        found = {path: list(filter(self._has_foreign, dicts)) for path, dicts in every.items()}
         noted = ((path, set(self._recorded(module))) for path, module in self._named.items())
         self.recorders = {path: names for path, names in noted if names}
         odd = {path for path, module in self._named.items() if is_odd(module)}
@@ -150,9 +166,9 @@ class StateWatch:
         self._hook_dicts = [hooks for dicts in found.values() for hooks in dicts]
         self._hook_stamp = stamp(self._hook_dicts)
 
-    def _foreign(self, hooks: dict[int, Any]) -> dict[int, Any]:
-        """The dictionary if there are hooks in it that have to run where Python calls modules."""
-        return hooks if any(map(self._has_to_run, hooks.values())) else {}
+    def _has_foreign(self, hooks: dict[int, Any]) -> bool:
+        """True if there are hooks in it that have to run where Python calls modules."""
+        return any(map(self._has_to_run, hooks.values()))
 
     def _has_to_run(self, hook: Any) -> bool:
         # Graphs do what hooks of tensor parallelism do, unless their module is odd.
@@ -178,3 +194,13 @@ def _is_set(cell: CellType) -> bool:
 def _holds(values: Any, entries: tuple[Any, ...]) -> bool:
     """True if a container has the very entries that it had."""
     return len(values) == len(entries) and all(map(is_, values, entries))
+
+
+def modules_at(model: nn.Module, entry: str) -> Callable[[], list[tuple[str, nn.Module]]]:
+    """Gives the modules at and below a path, as they are when it is called; without the bank's."""
+
+    def now() -> list[tuple[str, nn.Module]]:
+        found = model.get_submodule(entry).named_modules(prefix=entry)
+        return [(path, module) for path, module in found if not in_bank(path)]
+
+    return now

@@ -50,7 +50,12 @@ class Prepared:
 
 @outside_dynamo
 def prepare(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], entry: str = ""
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    entry: str = "",
+    *,
+    inside: bool = False,
 ) -> Prepared | None:
     """Take the call apart and find its graph; None if its forward is to run in Python.
 
@@ -59,6 +64,7 @@ def prepare(
         args: positional arguments.
         kwargs: keyword arguments; ``adapter_names`` gives every row its adapter.
         entry: path of the part of the model that is called; nothing for the model itself.
+        inside: whether another part was prepared in this call of the model, with the same adapters.
     """
     runtime = runtime_of(model)
     if entry:
@@ -74,7 +80,8 @@ def prepare(
         return None
     mix = _mix_for(model, call, names)
     ready, switches = runtime.ready(model, call, mix)
-    runtime.reduced.check(model)
+    if not inside:
+        runtime.reduced.check(model)
     if mix is not None and ready is not None:
         if ready.refused:
             mix.check(ready.refused)

@@ -23,6 +23,7 @@ from vera_fx._torch import break_trace, in_backward, skip_frame
 from vera_fx.bank.bank import AdapterBank, adapted_paths, bank_of
 from vera_fx.bank.hooks import Entering
 from vera_fx.base.modules import PART, base_modules, extended_class, is_extended, original_class
+from vera_fx.caching.attribute_reads import attribute_reads_noted
 from vera_fx.caching.equal_parts import EqualParts
 from vera_fx.caching.shared_bodies import SharedBodies
 from vera_fx.errors import PartialCaptureWarning, listing
@@ -164,3 +165,21 @@ def restore_parts(model: nn.Module) -> None:
     for module in model.modules():
         if is_extended(module, PART):
             module.__class__ = original_class(module)
+
+
+def entry_forward(model: nn.Module, entry: str, asked: set[str]) -> tuple[Any, Any]:
+    """The forward of a part of the model: bound, to read its signature; and as one of the model.
+
+    The latter adds the names of attributes that it asks for to ``asked``.
+    """
+    if not entry:
+        forward = original_class(model).forward
+        return forward.__get__(model), forward
+
+    def run(shell: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        # Not the module itself: its hooks run around the graph, where the part is called.
+        part = shell.get_submodule(entry)
+        with attribute_reads_noted(part, asked):
+            return part.forward(*args, **kwargs)
+
+    return model.get_submodule(entry).forward, run

@@ -12,26 +12,25 @@ from vera_fx.bank.build import follow
 from vera_fx.bank.hooks import EagerHook
 from vera_fx.bank.slots import open_ranks
 from vera_fx.base.hf import recording
-from vera_fx.base.modules import ADAPTED, PART, in_bank, is_extended, original_class
-from vera_fx.base.sharding import has_parallel, is_sharded, spread_reason
-from vera_fx.caching.attribute_reads import attribute_reads_noted
+from vera_fx.base.modules import ADAPTED, PART, is_extended, original_class
+from vera_fx.base.sharding import has_parallel, is_sharded, refuse_flattened, spread_reason
 from vera_fx.caching.captures import captured
 from vera_fx.capturing.budget import Opening
 from vera_fx.capturing.export_call import Capture
 from vera_fx.capturing.signature import Call, CallReader
-from vera_fx.capturing.state_watch import StateWatch
+from vera_fx.capturing.state_watch import StateWatch, modules_at
 from vera_fx.errors import AdapterError, CaptureError, PassError, TargetError, first_line
 from vera_fx.graphs.advice import advise
 from vera_fx.graphs.choose_graph import adapted, mixed, refuse_transforms
 from vera_fx.graphs.kept import Kept, Ready
 from vera_fx.graphs.machine import surroundings
-from vera_fx.graphs.parts import Parts, split
+from vera_fx.graphs.parts import Parts, entry_forward, split
 from vera_fx.mixing.mixer import Mix
 from vera_fx.processes.reduced import Reduced
 from vera_fx.products.kinds import is_odd, place_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterator
+    from collections.abc import Hashable, Iterator
 
 
 _UNKNOWN: Any = object()
@@ -52,15 +51,33 @@ class Runtime:
         """Args: the model; the path of a part; and the runtime of the model, for that of a part."""
         open_ranks(self, "served")
         self._asked: set[str] = set()
-        bound, self._forward = _entry_forward(model, entry, self._asked)
+        bound, self._forward = entry_forward(model, entry, self._asked)
         self.reader = CallReader(bound)
         self._entry, self.parts = entry, whole.parts if whole else Parts()
-        self.watch = whole.watch if whole else StateWatch(_modules_of(model), EagerHook)
+        self._whole = whole
+        of_all = whole.watch if whole else None
+        self._watch = StateWatch(modules_at(model, entry), EagerHook, of_all)
         self.reduced = whole.reduced if whole else Reduced()
         self.entries: dict[str, Runtime] = {}
         self.kept = Kept()
         self._followed = _NONE
         self._lock = threading.RLock()
+
+    @property
+    def watch(self) -> StateWatch:
+        """Of what a graph may depend on: the part's own, if its code knows of no module outside of it.
+
+        A call of each part that looked through the whole model would cost the square of its layers.
+        """
+        if self._whole is None or not self._watch.outside:
+            return self._watch
+        return self._whole.watch
+
+    def refresh(self) -> None:
+        """Take everything for changed that a graph may depend on."""
+        self._watch.refresh()
+        for entry in self.entries.values():
+            entry.refresh()
 
     def all_captures(self) -> "Iterator[Capture]":
         """Every capture, those of calls of parts of the model included."""
@@ -109,8 +126,12 @@ class Runtime:
 
     def _follow(self, model: nn.Module) -> int:
         """The number of the model's state, which the bank knows as well."""
-        state = self.watch.state()
+        watch = self.watch
+        state = watch.state()
+        if watch is not self.watch:  # the code of the part has come to know of others
+            state = self.watch.state()
         if state != self._followed:
+            refuse_flattened(model)
             # Nothing was watched before the first call: a parallel style may have come after adapt.
             if self._followed != _NONE or has_parallel(model):
                 follow(model, bank_of(model))
@@ -237,29 +258,6 @@ def _ready(
     slots = bank_of(model).slots
     with slots.lock:  # a switch would give one structure's key to another's graph
         return Ready(adapted(model, capture, call), capture), slots.switches
-
-
-def _modules_of(model: nn.Module) -> "Callable[[], list[tuple[str, nn.Module]]]":
-    """Gives the model's own modules by path, as they are when it is called."""
-    return lambda: [(path, m) for path, m in model.named_modules() if not in_bank(path)]
-
-
-def _entry_forward(model: nn.Module, entry: str, asked: set[str]) -> tuple[Any, Any]:
-    """The forward of a part of the model: bound, to read its signature; and as one of the model.
-
-    The latter adds the names of attributes that it asks for to ``asked``.
-    """
-    if not entry:
-        forward = original_class(model).forward
-        return forward.__get__(model), forward
-
-    def run(shell: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        # Not the module itself: its hooks run around the graph, where the part is called.
-        part = shell.get_submodule(entry)
-        with attribute_reads_noted(part, asked):
-            return part.forward(*args, **kwargs)
-
-    return model.get_submodule(entry).forward, run
 
 
 def require_adapted(model: nn.Module) -> AdapterBank:

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from vera_fx._context import holding, modules_inside, now
 from vera_fx._torch import tree_flatten, without_mode
 from vera_fx.bank.bank import AdapterBank, adapted_paths
+from vera_fx.base.sharding import is_distributed
 from vera_fx.errors import TargetError
 
 
@@ -33,9 +34,14 @@ class WeightWatch(TorchFunctionMode):
         TargetError: from the operator that uses one elsewhere.
     """
 
-    def __init__(self, model: nn.Module, bank: AdapterBank) -> None:
+    def __init__(self, model: nn.Module, bank: AdapterBank, inside: str = "") -> None:
+        """Args: the model, its bank, and the path below which targets are looked at."""
         super().__init__()
-        self._owners = dict(_tensors(model, bank))
+        self._owners = dict(_tensors(model, bank, f"{inside}." if inside else ""))
+
+    def __bool__(self) -> bool:
+        """False if there is nothing to look at: where no tensor of a target is whole now."""
+        return bool(self._owners)
 
     def __enter__(self) -> "WeightWatch":
         self._before = list(modules_inside())
@@ -81,9 +87,12 @@ class WeightWatch(TorchFunctionMode):
         return any(isinstance(leaf, Tensor) for leaf in tree_flatten(result)[0])
 
 
-def _tensors(model: nn.Module, bank: AdapterBank) -> Iterator[tuple[int, str]]:
-    """Every tensor of an adapted module, by identity, and the module's path."""
-    for path in adapted_paths(bank):
+def _tensors(model: nn.Module, bank: AdapterBank, prefix: str) -> Iterator[tuple[int, str]]:
+    """Every tensor of the adapted modules with that prefix, by identity, and the module's path.
+
+    Without those of which a process has a part only: nothing computes with these by mistake.
+    """
+    for path in (p for p in adapted_paths(bank) if p.startswith(prefix)):
         module = model.get_submodule(path)
         for named in (module.named_parameters(), module.named_buffers()):
-            yield from ((id(tensor), path) for _, tensor in named)
+            yield from ((id(t), path) for _, t in named if not is_distributed(t))

@@ -224,7 +224,7 @@ def refresh(model: nn.Module) -> None:
     """
     model = unwrapped(model)
     require_adapted(model)
-    runtime_of(model).watch.refresh()
+    runtime_of(model).refresh()
 
 
 def unload(model: M, *, merge: bool = False, safe: bool = True) -> M:

@@ -12,6 +12,7 @@ from vera_fx._context import current_run, remember, set_run
 from vera_fx._torch import compiled_by, skip_frame, start_compiling, stop_compiling
 from vera_fx.bank.bank import bank_of
 from vera_fx.base.modules import ADAPTED, is_extended
+from vera_fx.base.sharding import is_sharded
 from vera_fx.graphs.around import Prepared, finish, prepare, run
 from vera_fx.graphs.runtime import runtime_of
 from vera_fx.graphs.weight_watch import WeightWatch, unwatched
@@ -28,6 +29,7 @@ class PythonRun:
     def __init__(self, model: nn.Module, compiler: Any) -> None:
         self._model, self._compiler = model, compiler
         self._parts = runtime_of(model).parts
+        self._looked_at: tuple[Any, int] = (None, 0)
 
     @skip_frame
     def call(
@@ -41,12 +43,21 @@ class PythonRun:
         own = stop_compiling()  # of a part that is compiled by itself, in a model that is not
         try:
             with unwatched():
-                prepared = prepare(self._model, args, dict(kwargs), path)
+                inside = self._same_adapters()
+                prepared = prepare(self._model, args, dict(kwargs), path, inside=inside)
                 if prepared is not None:
                     return finish(prepared, self._run(prepared, own or self._compiler))
         finally:
             start_compiling(own)
-        return base.forward(part, *args, **kwargs)
+        # Before its parameters were gathered the watch around the model knew none of them.
+        with watched(self._model, path) if is_sharded(part) else contextlib.nullcontext():
+            return base.forward(part, *args, **kwargs)
+
+    def _same_adapters(self) -> bool:
+        """True if what trains was looked at in this call of the model, and nothing was switched since."""
+        slots, (binding, switches) = bank_of(self._model).slots, self._looked_at
+        self._looked_at = slots.binding, slots.switches
+        return binding is slots.binding and switches == slots.switches
 
     def _run(self, prepared: Prepared, compiler: Any) -> list[Tensor]:
         if compiler:
@@ -83,7 +94,13 @@ def run_in_python(
         start_compiling(compiler)
 
 
-def watched(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    """Inside the block tensors of the targets that compute may be used by their modules only."""
+def watched(model: nn.Module, inside: str = "") -> contextlib.AbstractContextManager[Any]:
+    """Inside the block tensors of the targets that compute may be used by their modules only.
+
+    Args:
+        model: the adapted model.
+        inside: the path of a module; of targets elsewhere nothing is looked at.
+    """
     bank = bank_of(model)
-    return WeightWatch(model, bank) if bank.computing() else contextlib.nullcontext()
+    watch = WeightWatch(model, bank, inside) if bank.computing() else None
+    return watch or contextlib.nullcontext()

@@ -2,6 +2,8 @@
 
 They are buffers, which it would broadcast before every forward: more bytes than the gradients. Every
 process has the same ones, from the same seed or the same file.
+
+So are weights under tensor parallelism, which it would broadcast when it is made, and cannot.
 """
 
 from typing import Any
@@ -10,6 +12,7 @@ from torch import nn
 
 from vera_fx.bank.bank import bank_of
 from vera_fx.base.modules import BANK
+from vera_fx.base.sharding import is_distributed
 
 _IGNORED = "_ddp_params_and_buffers_to_ignore"
 
@@ -22,7 +25,12 @@ def broadcast_methods(_base: type[nn.Module]) -> dict[str, Any]:
 def _ignored(self: nn.Module) -> list[str]:
     own = self.__dict__.get(_IGNORED, ())  # the user's, for tensors of the base
     shared = bank_of(self).projections.named_buffers(prefix=f"{BANK}.projections")
-    return [*own, *(name for name, _ in shared)]
+    parts = (
+        name
+        for name, tensor in self.named_parameters()
+        if is_distributed(tensor) and not tensor.requires_grad
+    )
+    return [*own, *(name for name, _ in shared), *parts]
 
 
 def _set_ignored(self: nn.Module, names: list[str]) -> None:

@@ -22,7 +22,7 @@ from vera_fx._torch import (
     sharded_by,
 )
 from vera_fx.bank.bank import bank_of
-from vera_fx.base.sharding import has_sharded
+from vera_fx.base.sharding import has_parallel, has_sharded
 from vera_fx.errors import AdapterError, listing
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ class Reduced:
 
     def _check_wrapped(self, model: nn.Module, wrapper: DistributedDataParallel) -> None:
         if self._wrapper is None or self._wrapper() is not wrapper:
+            _refuse_made_local(model, wrapper)
             self._known, self._wrapper = reduced_by(wrapper), weakref.ref(wrapper)
         unknown = dict.fromkeys(n for n, t in _trained(model) if id(t) not in self._known)
         if unknown:
@@ -102,6 +103,16 @@ class Reduced:
         for tensor, grad, mean, present in zip(own, grads, means, some.tolist(), strict=True):
             if present:
                 tensor.grad = grad.copy_(mean.view_as(grad))
+
+
+def _refuse_made_local(model: nn.Module, wrapper: DistributedDataParallel) -> None:
+    """Given a mesh, it makes plain parameters of a model's ``DTensor``s: ones that train."""
+    if getattr(wrapper, "device_mesh", None) is not None and has_parallel(model):
+        raise AdapterError(
+            f"DistributedDataParallel was given a device_mesh, for which torch makes this "
+            f"{type(model).__name__}'s frozen weights under tensor parallelism ones that train; wrap a fresh "
+            'model with DistributedDataParallel(model, process_group=mesh["data"].get_group()) instead'
+        )
 
 
 def _trained(model: nn.Module) -> "Iterator[tuple[str, Tensor]]":

@@ -16,6 +16,7 @@ from vera_fx.processes.wrapped import unwrapped
 from vera_fx.report.headline import NOTHING, Headline, headline_of
 from vera_fx.report.page import html_of
 from vera_fx.report.picture import svg_of
+from vera_fx.report.sharing import SharedCapture, shared_captures
 
 _PLAN_PASSES = ("MergeWeight", "ScaleBranch")
 
@@ -114,6 +115,8 @@ class Explanation:
     graphs: tuple[GraphRow, ...]
     python: tuple[tuple[str, str], ...] = ()
     """Paths of modules that run in Python because they cannot be captured whole, and why."""
+    shared: tuple[SharedCapture, ...] = ()
+    """For such a model: each capture of its parts, and which of them share it and what is compiled."""
     kept: KeptRow | None = None
     """How much is kept of the calls, and how much may be."""
     merged: tuple[str, ...] = ()
@@ -166,6 +169,7 @@ class Explanation:
         )
         yield f"kept: {self.kept}"
         yield from (f"runs in Python: {path or 'the model'}: {why}" for path, why in self.python)
+        yield from (f"parts: {row}" for row in self.shared)
         for number, graph in enumerate(self.graphs):
             yield f"\ngraph {number}, {graph.mode}: {graph.signature}"
             yield f"  {len(graph.sites)} sites adapted: {_count_plans(graph)}"
@@ -214,6 +218,7 @@ def explain(model: nn.Module) -> Explanation:
             for variant in by_plans.values()
         ),
         python=tuple(runtime_of(model).parts.reasons.items()),
+        shared=shared_captures(runtime_of(model)),
         kept=_kept(runtime_of(model)),
         merged=bank.merged if bank.enabled else (),
         disabled=not bank.enabled,

@@ -54,6 +54,7 @@ def _facts(explanation: Explanation) -> Iterator[str]:
             ("targets", f"{len(explanation.targets)}, with {frozen:,} frozen weights"),
             ("vectors", f"{count:,} numbers in all adapters"),
             *(("projections", sizes) for sizes in explanation.projections),
+            *(("parts", str(row)) for row in explanation.shared),
         ],
     )
 
