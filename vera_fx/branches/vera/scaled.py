@@ -53,6 +53,7 @@ class _ScaledSum(torch.autograd.Function):
     # Apart from forward, as torch.func asks for.
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        del output
         ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
