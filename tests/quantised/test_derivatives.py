@@ -10,7 +10,7 @@ from tests.helpers import assert_close, fill_vectors
 from tests.quantised.backends import INPUTS, TARGETS, quantised
 
 # torch's fused attention has no second derivative; int8 of bitsandbytes rounds its gradients.
-NAMES = ("nf4", "ao-int8", "hqq-4", "quanto-8")
+NAMES = ("nf4", "ao-int8")
 
 
 def adapted(model: Any, plan: str) -> Any:
