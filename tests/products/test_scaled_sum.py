@@ -15,12 +15,14 @@ def values() -> tuple[Tensor, ...]:
     return (*made, torch.randn(5, 4, dtype=torch.double))
 
 
-def ours(total: Tensor, z: Tensor, d: Tensor, b: Tensor, B: Tensor) -> Tensor:
+def ours(*of: Tensor) -> Tensor:
+    total, z, d, b, B = of
     return scaled_sum(total, z, B, d, b)
 
 
-def by_hand(total: Tensor, z: Tensor, d: Tensor, b: Tensor, B: Tensor) -> Tensor:
+def by_hand(*of: Tensor) -> Tensor:
     """PEFT's order of operations."""
+    total, z, d, b, B = of
     return total + ((z * d) @ B.T) * b
 
 
