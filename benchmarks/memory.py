@@ -79,13 +79,16 @@ def measured(name: str, case: Case) -> dict[str, float]:
     return apart("benchmarks.memory", name, case, **at_once)
 
 
-def main(
+def main(  # noqa: PLR0913, PLR0917 - one argument per option
     tokens: Annotated[list[int], typer.Option(help="tokens per step")] = [2048, 8192],  # noqa: B006
     layers: Annotated[int, typer.Option(min=1)] = 2,
     only: Annotated[str, typer.Option(help="run the cases whose name contains this")] = "",
     checkpointed: Annotated[bool, typer.Option(help="with gradient checkpointing")] = False,
     device: Annotated[str, typer.Option(help="where models are: cpu or cuda")] = "cpu",
     bf16: Annotated[bool, typer.Option(help="bases in bfloat16")] = False,
+    quantised: Annotated[
+        str, typer.Option(help="quantised bases: nf4 or int8 (QLoRA and QVeRA)")
+    ] = "",
     output: Annotated[Path, typer.Option()] = Path("out/bench_memory.json"),
 ) -> None:
     """Peak memory of compiled training steps with AdamW, above what is resident between steps."""
@@ -102,6 +105,7 @@ def main(
                 checkpointed=checkpointed,
                 dtype=dtype,
                 device=device,
+                quantised=quantised,
             )
             found = {name: measured(name, sized) for name in NAMES}
             step = {name: values["step"] for name, values in found.items()}
@@ -121,6 +125,7 @@ def main(
                     "layers": layers,
                     "checkpointed": checkpointed,
                     "dtype": str(dtype),
+                    "quantised": quantised,
                     "mib": found,
                 }
             )

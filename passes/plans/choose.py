@@ -105,11 +105,26 @@ def _choice(
             choice.reasons[name] = _why(found, target, tokens, work)
     names = {p: frozenset(n for n, q in plans.items() if q == p) for p in PLANS}
     in_float32 = work.slow_half or (work.narrow and not names["scaled"])
+    in_float32 |= _one_row(names, sized, work)
     exact = work.request == "factored" or (in_float32 and work.is_open)
     choice.assignment = Assignment(
         names["merged"], names["dense"], names["scaled"], exact, frozenset(again)
     )
     return choice
+
+
+def _one_row(
+    names: Mapping[str, frozenset[str]], sized: Sequence[tuple[SiteGroup, int]], work: Workload
+) -> bool:
+    """True where rounding the projections would cost more than one row's products by them.
+
+    One-token decode over half precision: A and B are read once either way, and rounding writes and
+    reads them once more. Compiled calls of one row have a program of their own in any case.
+    """
+    called = all(target.product.layout == "" for group, _ in sized for _, target in group.sites)
+    folded = any(names[plan] for plan in ("merged", "dense", "scaled"))
+    one = all(tokens == 1 for _, tokens in sized)
+    return called and one and not folded and not work.trains and work.itemsize == 2  # noqa: PLR2004
 
 
 _FOR_MEMORY = 0.125

@@ -44,10 +44,17 @@ def _sum(total: Tensor, z: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
 
 
 class _ScaledSum(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, total: Tensor, z: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
-        ctx.save_for_backward(z, B, d, b)
+    def forward(total: Tensor, z: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return _sum(total, z, B, d, b)
+
+    # Apart from forward, as torch.func asks for.
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        del output
+        ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
