@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vera_fx.capturing.facts import is_library, slot_value, slots_of
+from vera_fx.capturing.facts import CONSTANTS, is_library, slot_value, slots_of
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 _LIMIT = 1_000_000
