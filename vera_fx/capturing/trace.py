@@ -47,7 +47,8 @@ def trace(
         OutOfTime: leaving these sizes open takes too long.
     """
     clock = Clock(f"{type(model).__name__}({', '.join(call.arguments)})", opening)
-    copies = {name: map_tensors(value, _copy) for name, value in call.inputs.items()}
+    with torch.inference_mode(mode=False):  # whose tensors nothing outside of it may write to
+        copies = {name: map_tensors(value, _copy) for name, value in call.inputs.items()}
     names = {f"input_{i}": n for i, n in enumerate(copies) if _has_tensor(copies[n])}
     inputs = {key: copies[name] for key, name in names.items()}
 

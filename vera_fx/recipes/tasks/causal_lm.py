@@ -13,9 +13,9 @@ from vera_fx.base.positions import room_of
 from vera_fx.errors import ConfigError
 from vera_fx.recipes.base_models import Base, load_base, load_tokenizer
 from vera_fx.recipes.data import Rows
-from vera_fx.recipes.tasks.lengths import length_of
 from vera_fx.recipes.recipe import Recipe
 from vera_fx.recipes.tasks.chat import IGNORED, Chat, form_of
+from vera_fx.recipes.tasks.lengths import length_of
 from vera_fx.recipes.tasks.padding import Padding
 from vera_fx.recipes.tasks.protocol import Batch, Row, on_device_of
 

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from vera_fx.recipes.base_models import Base, load_base, load_tokenizer
-from vera_fx.recipes.tasks.lengths import length_of
 from vera_fx.recipes.recipe import Recipe
 from vera_fx.recipes.tasks.classifier import Classifier
 from vera_fx.recipes.tasks.labels import label_fields
+from vera_fx.recipes.tasks.lengths import length_of
 from vera_fx.recipes.tasks.padding import Padding
 from vera_fx.recipes.tasks.protocol import Batch, Row
 
