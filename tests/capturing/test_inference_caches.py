@@ -54,7 +54,9 @@ def said(model: Any, cache: Any) -> list[torch.Tensor]:
     with warnings.catch_warnings():
         warnings.simplefilter("error", vera_fx.PartialCaptureWarning)
         found = [model(input_ids=ids, past_key_values=cache).logits]
-        found += [model(input_ids=ids[:, n : n + 1], past_key_values=cache).logits for n in range(4)]
+        found += [
+            model(input_ids=ids[:, n : n + 1], past_key_values=cache).logits for n in range(4)
+        ]
     layers = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
     return [*found, *(tensor for pair in layers for tensor in pair)]
 
