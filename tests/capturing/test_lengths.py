@@ -86,6 +86,11 @@ def in_python(model: Any, length: int) -> Tensor:
         return twin(**asked(length)).logits
 
 
+def compiled(model: Any) -> Any:
+    torch._dynamo.reset()
+    return torch.compile(model, backend="aot_eager", fullgraph=True)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_first_call_of_all_positions_leaves_the_size_open(kind: str) -> None:
     model, plain = made(kind)
@@ -103,7 +108,7 @@ def test_a_first_call_of_all_positions_leaves_the_size_open(kind: str) -> None:
 @pytest.mark.parametrize("how", ["graph", "mixed", "compiled"])
 def test_longer_ones_are_an_error_that_says_so(kind: str, how: str) -> None:
     model, plain = made(kind)
-    run = torch.compile(model, backend="aot_eager") if how == "compiled" else model
+    run = compiled(model) if how == "compiled" else model
     rows = {"adapter_names": ["default", "__base__"]} if how == "mixed" else {}
     words = rf"called with {ROOM + 1} tokens.*has room for {ROOM}; .*max_length={ROOM}\)"
     with warnings.catch_warnings(), torch.no_grad():
@@ -147,12 +152,13 @@ def test_positions_of_ones_own_are_no_length() -> None:
             model(**twice, position_ids=places + 1)
 
 
-def test_another_error_of_a_long_call_without_a_table_stays_its_own() -> None:
+@pytest.mark.parametrize("how", ["graph", "compiled"])
+def test_another_error_stays_its_own(how: str) -> None:
     model, _ = made("gpt2")
     given = asked(ROOM)
     given["input_ids"][0, 0] = 50  # no word
     with torch.no_grad(), pytest.raises(IndexError) as caught:
-        model(**given)
+        (compiled(model) if how == "compiled" else model)(**given)
     assert not isinstance(caught.value, vera_fx.VeraFxError)
 
 
