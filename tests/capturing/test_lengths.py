@@ -117,7 +117,10 @@ def test_longer_ones_are_an_error_that_says_so(kind: str, how: str) -> None:
             if length > ROOM:
                 with pytest.raises(vera_fx.LengthError, match=words) as caught:
                     run(**asked(length), **rows)
-                assert caught.value.__cause__ is not None
+                kinds = (vera_fx.CaptureError, IndexError, RuntimeError)
+                assert (
+                    type(caught.value.__cause__) in kinds
+                )  # what happened, not what Dynamo met then
             else:
                 before = run(**asked(length), **rows).logits
         assert torch.equal(run(**asked(ROOM), **rows).logits, before)

@@ -47,8 +47,7 @@ def trace(
         OutOfTime: leaving these sizes open takes too long.
     """
     clock = Clock(f"{type(model).__name__}({', '.join(call.arguments)})", opening)
-    with torch.inference_mode(mode=False):  # whose tensors nothing outside of it may write to
-        copies = {name: map_tensors(value, _copy) for name, value in call.inputs.items()}
+    copies = {name: map_tensors(value, _copy) for name, value in call.inputs.items()}
     names = {f"input_{i}": n for i, n in enumerate(copies) if _has_tensor(copies[n])}
     inputs = {key: copies[name] for key, name in names.items()}
 
@@ -138,6 +137,7 @@ class _Stopped(Exception):  # noqa: N818
     """The model's forward raised; torch would print half a graph for some errors of its own."""
 
 
+@torch.inference_mode(mode=False)  # whose tensors nothing outside of it may write to
 def _copy(value: Tensor) -> Tensor:
     return value.detach().clone(memory_format=torch.contiguous_format)
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from vera_fx._torch import in_transform, outside_dynamo, skip_frame
+from vera_fx._torch import behind_dynamo, in_transform, outside_dynamo, skip_frame
 from vera_fx.bank.bank import bank_of
 from vera_fx.base.positions import too_long
 from vera_fx.capturing.export_call import Capture
@@ -103,9 +103,12 @@ def _explain(prepared: Prepared, error: Exception) -> None:
     """Raise in the place of an error what led to it, where that is known."""
     if prepared.is_switched():
         raise _switched(prepared) from error
+    first = behind_dynamo(error)
     found = too_long(prepared.model, prepared.call.arguments)
     if found is not None:
-        raise found from error
+        raise found from first
+    if first is not error:
+        raise first
 
 
 def _switched(prepared: Prepared) -> AdapterError:
