@@ -46,6 +46,17 @@ outside_modes = _disable_current_modes
 """Inside the block operators run on real tensors, also while torch.export traces around it."""
 
 
+def behind_dynamo(error: Exception) -> Exception:
+    """The error of a compiled graph's call: under fullgraph Dynamo's own hides it.
+
+    GraphModule prints where it failed by a generator, which Dynamo tries to compile, and cannot.
+    """
+    first = error.__context__
+    hides = isinstance(error, torch._dynamo.exc.Unsupported) and "trace generator" in str(error)
+    inner = isinstance(first, torch._dynamo.exc.TorchDynamoException)
+    return first if hides and isinstance(first, Exception) and not inner else error
+
+
 def outside_dynamo(fn: Callable[P, R]) -> Callable[P, R]:
     """Run ``fn`` and all it calls in plain Python, also while torch.compile is active."""
     return cast("Callable[P, R]", torch.compiler.disable(fn, reason="vera_fx picks the graph"))

@@ -37,6 +37,10 @@ class CaptureError(VeraFxError, RuntimeError):
     """A call of the model could not be captured as a graph."""
 
 
+class LengthError(VeraFxError, IndexError, RuntimeError):
+    """A text with more tokens than the model has positions for; also what torch raises there itself."""
+
+
 class CheckpointError(VeraFxError, ValueError):
     """Adapter files that are missing, damaged or do not fit the model."""
 

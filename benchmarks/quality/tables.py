@@ -104,7 +104,7 @@ def differences(runs: Runs) -> str:
     """Accuracy of VeRA less that of others, each pair from one seed, on the same sentences and steps."""
     rows: list[list[str]] = []
     for name in everywhere(runs):
-        cells = [_gaps(runs, name, domain) for domain in DOMAINS]
+        cells = [gaps(runs, name, domain) for domain in DOMAINS]
         every = [round(gap, 4) for cell in cells for gap in cell]
         if name != MANY and every:
             signs = (sum(gap > 0 for gap in every), every.count(0), sum(gap < 0 for gap in every))
@@ -112,7 +112,8 @@ def differences(runs: Runs) -> str:
     return markdown((f"{MANY} less", *DOMAINS, "pairs: better / equal / worse"), rows)
 
 
-def _gaps(runs: Runs, name: str, domain: str) -> list[float]:
+def gaps(runs: Runs, name: str, domain: str) -> list[float]:
+    """Accuracy of VeRA less that of another method, seed by seed."""
     ours = {r["seed"]: r["accuracy"] for r in plain(runs, MANY, domain)}
     theirs = plain(runs, name, domain)
     return [ours[r["seed"]] - r["accuracy"] for r in theirs if r["seed"] in ours]

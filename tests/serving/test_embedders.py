@@ -107,6 +107,23 @@ def test_openai(root: Path, client: TestClient) -> None:
     assert [entry["id"] for entry in models["data"]] == ["one", "two"]
 
 
+def test_what_is_refused_below_v1_is_told_as_openai_tells_it(client: TestClient) -> None:
+    cut = {"input": "a", "model": "one", "dimensions": 8}
+    assert client.post("/v1/embeddings", json=cut).json() == {
+        "error": {
+            "message": "vectors have 24 dimensions here, and are not cut",
+            "type": "invalid_request_error",
+            "param": "dimensions",
+            "code": None,
+        }
+    }
+    wrong = client.post("/v1/embeddings", json={"input": "a"}).json()["error"]
+    assert (wrong["param"], wrong["message"]) == ("model", "Field required")
+    assert client.get("/v1/models/three").json()["error"]["code"] == "model_not_found"
+    assert client.get("/v1/models/two").json()["id"] == "two"
+    assert client.post("/embed", json={"inputs": "a"}).json() == {"detail": ["Field required"]}
+
+
 @pytest.mark.parametrize(
     ("path", "sent", "status"),
     [

@@ -171,6 +171,7 @@ class _Stopped(Exception):  # noqa: N818
     """The model's forward raised; torch would print half a graph for some errors of its own."""
 
 
+@torch.inference_mode(mode=False)  # whose tensors nothing outside of it may write to
 def _copy(value: Tensor) -> Tensor:
     return value.detach().clone(memory_format=torch.contiguous_format)
 

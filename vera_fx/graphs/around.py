@@ -11,8 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from vera_fx._torch import in_transform, outside_dynamo, skip_frame
+from vera_fx._torch import behind_dynamo, in_transform, outside_dynamo, skip_frame
 from vera_fx.bank.bank import bank_of
+from vera_fx.base.positions import too_long
 from vera_fx.capturing.export_call import Capture
 from vera_fx.capturing.returned_objects import restore
 from vera_fx.capturing.signature import Call
@@ -95,13 +96,26 @@ def run(prepared: Prepared) -> list[Tensor]:
 
     Raises:
         AdapterError: another thread switched the adapters meanwhile.
+        LengthError: the graph failed, on more tokens than the model has positions for.
     """
     try:
         return prepared.graph(*prepared.call.leaves)
     except Exception as error:
-        if prepared.is_switched():
-            raise _switched(prepared) from error
+        _explain(prepared, error)
         raise
+
+
+@outside_dynamo
+def _explain(prepared: Prepared, error: Exception) -> None:
+    """Raise in the place of an error what led to it, where that is known."""
+    if prepared.is_switched():
+        raise _switched(prepared) from error
+    first = behind_dynamo(error)
+    found = too_long(prepared.model, prepared.call.arguments)
+    if found is not None:
+        raise found from first
+    if first is not error:
+        raise first
 
 
 def _switched(prepared: Prepared) -> AdapterError:

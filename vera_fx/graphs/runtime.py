@@ -13,6 +13,7 @@ from vera_fx.bank.hooks import EagerHook
 from vera_fx.bank.slots import open_ranks
 from vera_fx.base.hf import recording
 from vera_fx.base.modules import ADAPTED, PART, is_extended, original_class
+from vera_fx.base.positions import too_long
 from vera_fx.base.sharding import has_parallel, is_sharded, refuse_flattened, spread_reason
 from vera_fx.caching.captures import captured
 from vera_fx.capturing.budget import Opening
@@ -108,6 +109,7 @@ class Runtime:
         Raises:
             CaptureError: a mixture's call cannot be captured.
             TargetError: a target is used in a way that cannot be adapted.
+            LengthError: it cannot be captured, and has more tokens than the model has positions for.
         """
         state = self._follow(model)
         if self._is_hooked(model, mixed=mix is not None):
@@ -193,6 +195,8 @@ class Runtime:
                     return _ready(model, capture, call, mix)
             return self._captured(model, call, mix)
         except CaptureError as error:
+            if (longer := too_long(model, call.arguments)) is not None:
+                raise longer from error
             # Without values a module cannot run in Python either.
             if mix is not None or _is_empty(model):
                 raise

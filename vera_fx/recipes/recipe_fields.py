@@ -58,7 +58,11 @@ SPECS: dict[str, Spec] = {
     "steps": Spec(int, maybe(whole(1)), "of the optimiser, instead of epochs"),
     "batch_size": Spec(int, whole(1), "rows in a batch"),
     "accumulate": Spec(int, whole(1), "batches in a step"),
-    "length": Spec(int, whole(2), "longest row in tokens; longer ones are cut"),
+    "length": Spec(
+        int,
+        whole(2),
+        "longest row in tokens; longer ones are cut, and those the model has no positions for",
+    ),
     "rate": Spec(float, _positive, "learning rate of the vectors"),
     "head_rate": Spec(float, maybe(number(0)), "learning rate of a head; else 0.4 of rate"),
     "warmup": Spec(float, number(0, 1), "share of steps in which rates rise"),

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PrinterCallback
 
 import vera_fx
-from vera_fx.errors import ConfigError
+from vera_fx.errors import ConfigError, listing
 from vera_fx.recipes import checkpoints, data
 from vera_fx.recipes.callbacks import Keeper, Stopper
 from vera_fx.recipes.data import EVAL, TRAIN, Rows
@@ -160,6 +160,7 @@ def adapted(recipe: Recipe, task: Task) -> Any:
     Raises:
         ConfigError: the adapter's options are no fields of its configuration.
         TargetError: its targets are not there, or none are given and none are known.
+        ConfigError: something beside the vectors would train in float16.
     """
     base = task.load()
     kind = vera_fx.VeraConfig if recipe.adapter == "vera" else vera_fx.DVoraConfig
@@ -175,7 +176,20 @@ def adapted(recipe: Recipe, task: Task) -> Any:
         config = kind(**fields)
     except TypeError as error:
         raise ConfigError(f"options are no fields of {kind.__name__}: {error}") from error
-    return vera_fx.adapt(base.model, config)
+    model = vera_fx.adapt(base.model, config)
+    _check_dtypes(model)
+    return model
+
+
+def _check_dtypes(model: nn.Module) -> None:
+    """Refuse heads and biases in float16: AdamW's epsilon and squares of small gradients are 0 there."""
+    half = [n for n, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16]
+    if half:
+        raise ConfigError(
+            f"{listing(half, limit=2)} would train in float16, where AdamW divides zero by zero within "
+            "steps, with PEFT as well; give dtype: bfloat16 or float32, or a model folder with a trained "
+            "head (the adapter's vectors are float32 over every base)"
+        )
 
 
 def _tensorboard(recipe: Recipe, folder: RunFolder, begun: int) -> Sequence[Any]:

@@ -9,13 +9,14 @@ from typing import Any, Generic
 
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException as StarletteHTTPException
 
 import vera_fx
 from vera_fx.serving.batcher import Batcher, Classify, OverloadedError, R
 from vera_fx.serving.gate import Gate
 from vera_fx.serving.limits import Limits
+from vera_fx.serving.refusals import malformed, refused
 from vera_fx.serving.uploads import add, parts
 
 
@@ -216,7 +217,8 @@ def application(
     app = FastAPI(title="vera_fx", lifespan=service.lifespan, **_NO_PAGES)
     bounds = {"limits": service.limits, "key": key, "statuses": service.statuses}
     app.add_middleware(Gate, asked=frozenset(asked), **bounds)
-    app.add_exception_handler(RequestValidationError, _malformed)
+    app.add_exception_handler(RequestValidationError, malformed)
+    app.add_exception_handler(StarletteHTTPException, refused)
     for path, handler in asked.items():
         app.post(path)(handler)
     app.put("/adapters/{name}", status_code=201)(service.upload)
@@ -224,9 +226,3 @@ def application(
     app.get("/health")(service.health)
     app.get("/metrics")(service.metrics)
     return app
-
-
-async def _malformed(_: Request, error: Exception) -> Response:
-    """FastAPI repeats the input, which may be large, or hold what no answer can (NaN, surrogates)."""
-    found = error.errors() if isinstance(error, RequestValidationError) else ()
-    return JSONResponse({"detail": [str(entry["msg"])[:200] for entry in found[:8]]}, 422)

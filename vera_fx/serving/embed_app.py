@@ -14,6 +14,7 @@ from vera_fx.serving.app import Service, application, batcher
 from vera_fx.serving.batcher import Answer
 from vera_fx.serving.embed import Embedded
 from vera_fx.serving.limits import Limits
+from vera_fx.serving.refusals import FieldError
 
 Text = Annotated[str, StringConstraints(min_length=1)]
 Texts = Text | Annotated[list[Text], Field(min_length=1)]
@@ -48,7 +49,8 @@ class Embedder(Service[Embedded]):
         found = await self._embedded(asked.input, asked.model)
         width, count = len(found[0].vector), sum(one.tokens for one in found)
         if asked.dimensions not in (None, width):
-            raise HTTPException(422, f"vectors have {width} dimensions here, and are not cut")
+            words = f"vectors have {width} dimensions here, and are not cut"
+            raise FieldError(422, words, "dimensions")
         as_text = asked.encoding_format == "base64"
         return {
             "object": "list",
@@ -67,10 +69,17 @@ class Embedder(Service[Embedded]):
     async def models(self) -> dict[str, Any]:
         """The names of the adapters, as OpenAI lists models."""
         names = await asyncio.to_thread(self.store.names)
-        entries = [
-            {"id": name, "object": "model", "created": 0, "owned_by": "vera_fx"} for name in names
-        ]
-        return {"object": "list", "data": entries}
+        return {"object": "list", "data": list(map(_entry, names))}
+
+    async def model(self, name: str) -> dict[str, Any]:
+        """One of them.
+
+        Raises:
+            HTTPException: there is none of that name.
+        """
+        if name not in self.store:
+            raise HTTPException(404, "there is no such adapter")
+        return _entry(name)
 
     async def _embedded(self, texts: str | list[str], adapter: str) -> list[Embedded]:
         several = [texts] if isinstance(texts, str) else texts
@@ -80,6 +89,10 @@ class Embedder(Service[Embedded]):
         if not all(math.isfinite(number) for one in found for number in one.vector):
             raise HTTPException(422, "the vectors of this adapter are no finite numbers")
         return found
+
+
+def _entry(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "vera_fx"}
 
 
 def _packed(vector: list[float]) -> str:
@@ -114,4 +127,5 @@ def create_embedding_app(
     asked = {"/embed": service.embed, "/v1/embeddings": service.embeddings}
     app = application(service, asked, key)
     app.get("/v1/models")(service.models)
+    app.get("/v1/models/{name}")(service.model)
     return app

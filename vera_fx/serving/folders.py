@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 import vera_fx
+from vera_fx.base.positions import room_of
 from vera_fx.checkpoint.saved import is_saved
 from vera_fx.config import check_choice
 from vera_fx.errors import ConfigError, first_line
@@ -139,12 +140,17 @@ def _load(folder: Path, *, embeds: bool) -> Any:
 
 
 def _length(wanted: int | None, tokenizer: Any, model: Any) -> int:
-    """Most tokens of a text, within what the model takes."""
-    limits = (tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None))
-    most = min((limit for limit in limits if limit), default=LENGTH)
-    if wanted is not None and wanted > most:
+    """Most tokens of a text: what was asked for, or 256, within what the model has positions for.
+
+    What a tokeniser says is a default, no limit: in many folders it is wrong.
+    """
+    table, most = room_of(model), getattr(model.config, "max_position_embeddings", None)
+    most = table[1] if table else most
+    if wanted is None:
+        return min(LENGTH, tokenizer.model_max_length, most or LENGTH)
+    if most is not None and wanted > most:
         raise ConfigError(f"length is {wanted}, and {type(model).__name__} takes {most} tokens")
-    return min(LENGTH, most) if wanted is None else wanted
+    return wanted
 
 
 def _first(folder: Path) -> Path:

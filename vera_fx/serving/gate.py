@@ -10,10 +10,10 @@ from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 
 from fastapi import HTTPException
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vera_fx.serving.limits import Limits
+from vera_fx.serving.refusals import refusal
 
 _ADDRESSES = 10_000
 _VERSION_6 = 6
@@ -90,9 +90,9 @@ class Gate:
 
         try:
             limit = self._admit(scope)
-        except HTTPException as refusal:
-            answer = JSONResponse({"detail": refusal.detail}, refusal.status_code, refusal.headers)
-            await answer(scope, receive, counted)
+        except HTTPException as found:
+            status, words = found.status_code, found.detail
+            await refusal(scope["path"], status, words, found.headers)(scope, receive, counted)
             return
         await self.app(scope, self._bounded(receive, limit), counted)
 

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vera_fx.base.positions import room_of
 from vera_fx.errors import ConfigError
 from vera_fx.recipes.base_models import Base, load_base, load_tokenizer
 from vera_fx.recipes.data import Rows
 from vera_fx.recipes.recipe import Recipe
 from vera_fx.recipes.tasks.chat import IGNORED, Chat, form_of
+from vera_fx.recipes.tasks.lengths import length_of
 from vera_fx.recipes.tasks.padding import Padding
 from vera_fx.recipes.tasks.protocol import Batch, Row, on_device_of
 
@@ -60,7 +62,7 @@ class CausalLM:
         for number, row in enumerate(rows):
             if set(made.chat.tokens(row)[1]) == {IGNORED}:
                 raise ConfigError(
-                    f"row {number + 1} of those to train on has nothing to learn within {recipe.length} "
+                    f"row {number + 1} of those to train on has nothing to learn within {made.chat.length} "
                     "tokens: its answer is empty, or its question takes them all; give a larger length, "
                     "or leave it out"
                 )
@@ -70,8 +72,9 @@ class CausalLM:
     def from_facts(cls, recipe: Recipe, facts: Mapping[str, Any]) -> Self:
         """For a run that was begun."""
         tokenizer = load_tokenizer(recipe.model)
-        chat = Chat(tokenizer, recipe.length, recipe.turns)
-        return cls(recipe, chat, Padding(tokenizer, recipe.length), tuple(facts["form"]))
+        length = length_of(recipe)
+        chat = Chat(tokenizer, length, recipe.turns)
+        return cls(recipe, chat, Padding(tokenizer, length), tuple(facts["form"]))
 
     def facts(self) -> dict[str, Any]:
         """The form of its rows."""
@@ -149,9 +152,14 @@ class CausalLM:
 
     @torch.no_grad()
     def answers(self, model: nn.Module, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
-        """The likeliest text after each question."""
+        """The likeliest text after each question, of which the last tokens are read that there is room for.
+
+        Raises:
+            ConfigError: the answers alone may be longer than the model has positions for.
+        """
         tokenizer = self.chat.tokenizer
-        asked = [self.chat.question(row) for row in rows]
+        read = self._room_for_questions(model)
+        asked = [self.chat.question(row)[-read:] for row in rows]
         batch = {
             "input_ids": self.padding.ids(asked, tokenizer.pad_token_id, left=True),
             "attention_mask": self.padding.ids([[1] * len(row) for row in asked], 0, left=True),
@@ -166,3 +174,14 @@ class CausalLM:
         new = found[:, batch["input_ids"].shape[1] :]
         for text in tokenizer.batch_decode(new, skip_special_tokens=True):
             yield {"answer": text}
+
+    def _room_for_questions(self, model: nn.Module) -> int:
+        """The most tokens of a question, so that its answer has positions as well."""
+        if (room := room_of(model)) is None:
+            return self.chat.length
+        if self.new_tokens >= room[1]:
+            raise ConfigError(
+                f"an answer may have {self.new_tokens} tokens, and {type(model).__name__} has positions for "
+                f"{room[1]}, the question's among them; give a smaller new_tokens"
+            )
+        return min(self.chat.length, room[1] - self.new_tokens)

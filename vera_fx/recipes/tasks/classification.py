@@ -7,6 +7,7 @@ from vera_fx.recipes.base_models import Base, load_base, load_tokenizer
 from vera_fx.recipes.recipe import Recipe
 from vera_fx.recipes.tasks.classifier import Classifier
 from vera_fx.recipes.tasks.labels import label_fields
+from vera_fx.recipes.tasks.lengths import length_of
 from vera_fx.recipes.tasks.padding import Padding
 from vera_fx.recipes.tasks.protocol import Batch, Row
 
@@ -28,7 +29,7 @@ class Classification(Classifier):
     @classmethod
     def processor_of(cls, recipe: Recipe) -> Padding:
         """The model's tokeniser."""
-        return Padding(load_tokenizer(recipe.model), recipe.length)
+        return Padding(load_tokenizer(recipe.model), length_of(recipe))
 
     def load(self) -> Base:
         """An encoder or decoder with a head for the classes."""

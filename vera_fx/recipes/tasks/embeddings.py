@@ -12,6 +12,7 @@ from vera_fx.errors import ConfigError
 from vera_fx.recipes.base_models import Base, load_base, load_tokenizer
 from vera_fx.recipes.data import Rows
 from vera_fx.recipes.recipe import Recipe
+from vera_fx.recipes.tasks.lengths import length_of
 from vera_fx.recipes.tasks.padding import Padding
 from vera_fx.recipes.tasks.pooling import pooled, pooling_of
 from vera_fx.recipes.tasks.protocol import Batch, Row, on_device_of
@@ -66,7 +67,8 @@ class Embeddings:
     def from_facts(cls, recipe: Recipe, facts: Mapping[str, Any]) -> Self:
         """For a run that was begun."""
         pooling = facts.get("pooling") or recipe.pooling or pooling_of(recipe.model)
-        return cls(recipe, Padding(load_tokenizer(recipe.model), recipe.length), pooling)
+        padding = Padding(load_tokenizer(recipe.model), length_of(recipe))
+        return cls(recipe, padding, pooling)
 
     def facts(self) -> dict[str, Any]:
         """The pooling."""
