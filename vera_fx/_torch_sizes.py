@@ -30,6 +30,18 @@ def is_unbacked(value: Any) -> bool:
     return any(symbol not in _hints(value.node.shape_env) for symbol in symbols)
 
 
+def forget_sizes() -> None:
+    """Let go of the open sizes of traces that have ended.
+
+    Caches of ``ShapeEnv``'s methods hold every environment that was ever asked, one of them without a
+    limit (``get_implications``). What they hold follows from their arguments, and is found again.
+    """
+    for method in vars(ShapeEnv).values():
+        clear = getattr(method, "cache_clear", None)
+        if clear is not None:
+            clear()
+
+
 def symbols_of(value: Any) -> dict[str, Symbol]:
     """The symbols in an open size, by name."""
     env = value.node.shape_env

@@ -1,6 +1,7 @@
 """Runs torch.export over one call of a model, in surroundings that leave no traces."""
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
@@ -9,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 
-from vera_fx._context import capturing
+from vera_fx._context import capturing, holding, now, patched
 from vera_fx._torch import is_wrapper
+from vera_fx._torch_graphs import SOURCES, ending_sources
+from vera_fx._torch_sizes import forget_sizes
 from vera_fx.base.hf import checkpointing_recorded, export_patches
 from vera_fx.base.modules import in_bank
 from vera_fx.capturing.budget import Clock, Opening
@@ -21,6 +24,8 @@ from vera_fx.capturing.signature import Call, CallReader, map_tensors
 from vera_fx.capturing.stand_ins import Answers, asking
 from vera_fx.errors import TargetError
 from vera_fx.products.opaque import is_opaque
+
+_SWEPT = "printed code of graphs"
 
 
 def trace(
@@ -162,6 +167,22 @@ def _dynamic_shapes(inputs: dict[str, Any], opening: Opening) -> ShapesCollectio
     for value in inputs.values():
         map_tensors(value, mark)
     return shapes if some else None
+
+
+@contextlib.contextmanager
+def nothing_kept() -> Iterator[None]:
+    """What torch keeps for good of the graphs that this thread makes in the block ends with them."""
+
+    def replacements() -> dict[tuple[Any, str], Any]:
+        owner, name = SOURCES
+        wanted = functools.partial(now, _SWEPT, default=False)
+        return {SOURCES: ending_sources(getattr(owner, name), wanted)}
+
+    try:
+        with patched(_SWEPT, replacements), holding(_SWEPT, value=True):
+            yield
+    finally:
+        forget_sizes()
 
 
 @contextlib.contextmanager
