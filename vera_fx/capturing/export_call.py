@@ -25,7 +25,7 @@ from vera_fx.capturing.budget import Opening, OutOfTime
 from vera_fx.capturing.returned_objects import Stateful
 from vera_fx.capturing.signature import Call, CallReader
 from vera_fx.capturing.stand_ins import call_live
-from vera_fx.capturing.trace import nothing_kept, aliased, trace
+from vera_fx.capturing.trace import aliased, nothing_kept, trace
 from vera_fx.errors import CaptureError, FixedSizesWarning, TargetError, first_line, listing
 from vera_fx.passes import PipelineReport, cleanup, resolve, written_attributes, written_inputs
 from vera_fx.pipelines import run_pipeline

@@ -13,7 +13,7 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from vera_fx._context import capturing, holding, now, patched
 from vera_fx._torch import is_wrapper
 from vera_fx._torch_graphs import SOURCES, ending_sources
-from vera_fx._torch_sizes import forget_sizes
+from vera_fx._torch_sizes import ENVIRONMENTS, forget_sizes, noting_environments
 from vera_fx.base.hf import checkpointing_recorded, export_patches
 from vera_fx.base.modules import in_bank
 from vera_fx.capturing.budget import Clock, Opening
@@ -25,7 +25,7 @@ from vera_fx.capturing.stand_ins import Answers, asking
 from vera_fx.errors import TargetError
 from vera_fx.products.opaque import is_opaque
 
-_SWEPT = "printed code of graphs"
+_ENDING = "what ends with a capture"
 
 
 def trace(
@@ -172,17 +172,21 @@ def _dynamic_shapes(inputs: dict[str, Any], opening: Opening) -> ShapesCollectio
 @contextlib.contextmanager
 def nothing_kept() -> Iterator[None]:
     """What torch keeps for good of the graphs that this thread makes in the block ends with them."""
-
-    def replacements() -> dict[tuple[Any, str], Any]:
-        owner, name = SOURCES
-        wanted = functools.partial(now, _SWEPT, default=False)
-        return {SOURCES: ending_sources(getattr(owner, name), wanted)}
-
+    environments: list[Any] = []
     try:
-        with patched(_SWEPT, replacements), holding(_SWEPT, value=True):
+        with patched(_ENDING, _ending), holding(_ENDING, environments):
             yield
     finally:
-        forget_sizes()
+        forget_sizes(environments)
+
+
+def _ending() -> dict[tuple[Any, str], Any]:
+    noted = functools.partial(now, _ENDING)
+    run, init = (getattr(*place) for place in (SOURCES, ENVIRONMENTS))
+    return {
+        SOURCES: ending_sources(run, lambda: noted() is not None),
+        ENVIRONMENTS: noting_environments(init, noted),
+    }
 
 
 @contextlib.contextmanager
