@@ -1,14 +1,22 @@
 """Private corners of torch (2.11 to 2.15) around compiled graphs: what Dynamo and Inductor take for what."""
 
 import inspect
-from collections.abc import Iterator
+import linecache
+import weakref
+from collections.abc import Callable, Iterator
+from types import FunctionType
 from typing import Any, cast
 
 import torch
 import torch._inductor.config
 from torch import nn
 from torch._dynamo.variables.builder import is_dynamic_source
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, graph_module
+
+SOURCES = (graph_module, "_exec_with_source")
+"""The function by which torch makes a function of a graph's printed code, and keeps that code for good."""
+
+_PRINTED = "<eval_with_key>"
 
 
 def wants_cuda_graphs() -> bool:
@@ -50,7 +58,39 @@ class LiveGraph(Unmarked, GraphModule):
     def recompile(self) -> Any:
         """Print the graph's code."""
         self.printed = True
-        return super().recompile()
+        code = super().recompile()
+        _source_ends_with(cast("Any", type(self)).forward)
+        return code
+
+
+def ending_sources(run: Callable[..., None], wanted: Callable[[], Any]) -> Callable[..., None]:
+    """What to put in the place of `SOURCES`, so that torch keeps no code of graphs that are gone.
+
+    It keeps it for tracebacks, in a dictionary and in ``linecache``, some kilobytes a capture.
+
+    Args:
+        run: what stands there.
+        wanted: says whether the graphs that this thread makes now are meant.
+    """
+
+    def run_source(src: str, names: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        run(src, names, *args, **kwargs)
+        if wanted():
+            for made in names.values():
+                _source_ends_with(made)
+
+    return run_source
+
+
+def _source_ends_with(function: Any) -> None:
+    if isinstance(function, FunctionType) and function.__code__.co_filename.startswith(_PRINTED):
+        code = function.__code__
+        weakref.finalize(code, _forget, code.co_filename).atexit = False
+
+
+def _forget(name: str) -> None:
+    graph_module._loader.eval_cache.pop(name, None)
+    linecache.cache.pop(name, None)
 
 
 def copy_of(bound: GraphModule) -> LiveGraph:

@@ -1,7 +1,7 @@
 """Private corners of torch (2.11 to 2.15) around open sizes: fake tensors written down and made again."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -28,6 +28,42 @@ def is_unbacked(value: Any) -> bool:
     """Whether a size depends on the values of tensors: only the run of a graph tells it."""
     symbols = value.node.expr.free_symbols
     return any(symbol not in _hints(value.node.shape_env) for symbol in symbols)
+
+
+ENVIRONMENTS = (ShapeEnv, "__init__")
+"""What makes the environment of a trace's open sizes."""
+
+
+def noting_environments(init: Callable[..., None], noted: Callable[[], Any]) -> Callable[..., None]:
+    """What to put in the place of `ENVIRONMENTS`, so that `forget_sizes` finds what to end.
+
+    Args:
+        init: what stands there.
+        noted: gives the list that this thread notes environments in, or None.
+    """
+
+    def make(env: ShapeEnv, *args: Any, **kwargs: Any) -> None:
+        init(env, *args, **kwargs)
+        if (known := noted()) is not None:
+            known.append(env)
+
+    return make
+
+
+def forget_sizes(environments: Iterable[Any]) -> None:
+    """Let go of the open sizes of traces that have ended; torch would keep them for good.
+
+    An environment lists the inputs of its trace, whose sizes, in C++, hold the environment: a cycle that
+    Python's collector does not see. And caches of its methods hold every environment that was ever
+    asked, one of them without a limit; what they hold follows from their arguments and is found again.
+    """
+    for env in environments:
+        if env.tracked_fakes:
+            env.tracked_fakes.clear()
+    for method in vars(ShapeEnv).values():
+        clear = getattr(method, "cache_clear", None)
+        if clear is not None:
+            clear()
 
 
 def symbols_of(value: Any) -> dict[str, Symbol]:

@@ -25,7 +25,7 @@ from vera_fx.capturing.budget import Opening, OutOfTime
 from vera_fx.capturing.returned_objects import Stateful
 from vera_fx.capturing.signature import Call, CallReader
 from vera_fx.capturing.stand_ins import call_live
-from vera_fx.capturing.trace import aliased, trace
+from vera_fx.capturing.trace import aliased, nothing_kept, trace
 from vera_fx.errors import CaptureError, FixedSizesWarning, TargetError, first_line, listing
 from vera_fx.passes import PipelineReport, cleanup, resolve, written_attributes, written_inputs
 from vera_fx.pipelines import run_pipeline
@@ -146,8 +146,9 @@ def export_call(
         FixedSizesWarning: leaving these sizes open takes too long, so fewer were.
     """
     stateful = Stateful.of(call.arguments)
-    exported, checkpointed, opening = _traced(model, (forward, reader), call, stateful, opening)
-    graph = bind_live(exported, model)
+    with nothing_kept():
+        exported, checkpointed, opening = _traced(model, (forward, reader), call, stateful, opening)
+        graph = bind_live(exported, model)
     out_spec = cast("TreeSpec", exported.call_spec.out_spec)
     return Exported(graph, out_spec, opening, checkpointed, tuple(aliased(exported, model)))
 

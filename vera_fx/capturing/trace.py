@@ -1,6 +1,7 @@
 """Runs torch.export over one call of a model, in surroundings that leave no traces."""
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
@@ -9,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 
-from vera_fx._context import capturing
+from vera_fx._context import capturing, holding, now, patched
 from vera_fx._torch import is_wrapper
+from vera_fx._torch_graphs import SOURCES, ending_sources
+from vera_fx._torch_sizes import ENVIRONMENTS, forget_sizes, noting_environments
 from vera_fx.base.hf import checkpointing_recorded, export_patches
 from vera_fx.base.modules import in_bank
 from vera_fx.base.side_effects import Counts, SideEffects, set_numbers
@@ -24,6 +27,7 @@ from vera_fx.errors import CaptureError, TargetError
 from vera_fx.products.opaque import is_opaque
 
 _NONE: Counts = {}
+_ENDING = "what ends with a capture"
 
 
 def trace(
@@ -197,6 +201,26 @@ def _dynamic_shapes(inputs: dict[str, Any], opening: Opening) -> ShapesCollectio
     for value in inputs.values():
         map_tensors(value, mark)
     return shapes if some else None
+
+
+@contextlib.contextmanager
+def nothing_kept() -> Iterator[None]:
+    """What torch keeps for good of the graphs that this thread makes in the block ends with them."""
+    environments: list[Any] = []
+    try:
+        with patched(_ENDING, _ending), holding(_ENDING, environments):
+            yield
+    finally:
+        forget_sizes(environments)
+
+
+def _ending() -> dict[tuple[Any, str], Any]:
+    noted = functools.partial(now, _ENDING)
+    run, init = (getattr(*place) for place in (SOURCES, ENVIRONMENTS))
+    return {
+        SOURCES: ending_sources(run, lambda: noted() is not None),
+        ENVIRONMENTS: noting_environments(init, noted),
+    }
 
 
 @contextlib.contextmanager

@@ -13,6 +13,8 @@ import vera_fx
 
 _LISTS = ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern")
 _NAME = re.compile(r"[\w\-.]{1,1000}")
+_BRACKETS = 1000
+"""Lists and objects in a body; a configuration has a dozen. Python takes seconds for a body full of them."""
 _FORM = 'the body must be {"config": {...}, "weights": "base64 of a safetensors file"}'
 
 
@@ -24,8 +26,10 @@ def parts(body: bytes, most: int) -> tuple[dict[str, Any], bytes]:
         most: most names in a list of the configuration.
 
     Raises:
-        HTTPException: it is something else, or the configuration holds expressions.
+        HTTPException: it is something else, nests too much, or the configuration holds expressions.
     """
+    if body.count(b"[") + body.count(b"{") > _BRACKETS:
+        raise HTTPException(422, f"{_FORM}, with at most {_BRACKETS} brackets")
     try:
         values = json.loads(body)
         config, weights = values["config"], base64.b64decode(values["weights"], validate=True)
