@@ -12,6 +12,7 @@ import torch._inductor.config
 from torch import nn
 from torch._C._dynamo.guards import RootGuardManager, TensorGuards, dict_version
 from torch._dynamo.eval_frame import set_eval_frame, skip_code
+from torch._dynamo.exc import TorchDynamoException, Unsupported
 from torch._dynamo.guards import GuardManagerType
 from torch.export.pt2_archive._package import load_pt2
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -52,8 +53,8 @@ def behind_dynamo(error: Exception) -> Exception:
     GraphModule prints where it failed by a generator, which Dynamo tries to compile, and cannot.
     """
     first = error.__context__
-    hides = isinstance(error, torch._dynamo.exc.Unsupported) and "trace generator" in str(error)
-    inner = isinstance(first, torch._dynamo.exc.TorchDynamoException)
+    hides = isinstance(error, Unsupported) and "trace generator" in str(error)
+    inner = isinstance(first, TorchDynamoException)
     return first if hides and isinstance(first, Exception) and not inner else error
 
 
