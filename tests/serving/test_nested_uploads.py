@@ -27,9 +27,7 @@ def upload(config: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("case", NESTED)
-def test_bodies_full_of_brackets_are_not_parsed(
-    case: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bodies_full_of_brackets_are_not_parsed(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     parsed: list[int] = []
     monkeypatch.setattr(uploads.json, "loads", lambda body: parsed.append(len(body)))
 
