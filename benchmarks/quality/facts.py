@@ -29,6 +29,8 @@ def dvora_lead(runs: Runs) -> str:
     """Points of DVoRA over VeRA, where it is ahead, and in how many domains that is."""
     leads = _leads(runs, "DVoRA r=256")
     ahead = sorted(lead for lead in leads if lead > 0)
+    if not ahead:
+        return f"in none of {len(leads)} domains"
     return f"in {len(ahead)} domains of {len(leads)} by {ahead[0]:.1f} to {ahead[-1]:.1f}"
 
 

@@ -65,7 +65,7 @@ def test_captures_that_went_leave_no_sizes_and_no_code() -> None:
 
 
 def test_traces_that_fail_leave_none_either() -> None:
-    before, failing = (environments(), sources()), Net()
+    known, before, failing = environments(), sources(), Net()
     failing.gain = -1
     for _ in range(3):
         with pytest.raises(ValueError, match="no gain"), nothing_kept():
@@ -73,7 +73,8 @@ def test_traces_that_fail_leave_none_either() -> None:
                 failing, (X,), dynamic_shapes=({0: torch.export.Dim.AUTO},), strict=False
             )
 
-    assert (environments(), sources()) == before
+    assert environments() <= known  # clearing the caches may free older ones
+    assert sources() <= before
 
 
 def test_graphs_that_live_keep_their_code() -> None:
