@@ -99,6 +99,23 @@ def small_llama(vocabulary: int, *, tie: bool) -> nn.Module:
     return LlamaForCausalLM(config)
 
 
+def mistral(layers: int, window: int | None) -> nn.Module:
+    """With a sliding window of so many tokens, or none."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=window,
+    )
+    return MistralForCausalLM(config)
+
+
 def opt() -> nn.Module:
     from transformers import OPTConfig, OPTForCausalLM
 

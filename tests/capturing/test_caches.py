@@ -11,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from transformers import DynamicCache, MistralConfig, MistralForCausalLM, StaticCache
+from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 import vera_fx
 from tests.helpers import peft_pair
+from tests.models import mistral
 from vera_fx.base.hf_tracing import traceable
 from vera_fx.capturing.open_integers import integers_as_sizes, sizes_as_integers
 
@@ -23,17 +24,7 @@ WINDOW = 5
 
 
 def windowed() -> nn.Module:
-    torch.manual_seed(0)
-    config = MistralConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        sliding_window=WINDOW,
-    )
-    return MistralForCausalLM(config).eval()
+    return mistral(1, WINDOW).eval()
 
 
 @pytest.fixture

@@ -6,27 +6,18 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import DynamicCache, MistralConfig, MistralForCausalLM, StaticCache
+from transformers import DynamicCache, StaticCache
 
 import vera_fx
 from tests.helpers import assert_close, peft_pair
+from tests.models import mistral
 from vera_fx.model import model_class
 
 ROOM = 12
 
 
 def windowed(window: int | None) -> nn.Module:
-    torch.manual_seed(0)
-    config = MistralConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        sliding_window=window,
-    )
-    return MistralForCausalLM(config).eval()
+    return mistral(2, window).eval()
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import vera_fx
+from tests.helpers import fill_vectors
 
 
 class Scaled(nn.Module):
@@ -132,10 +133,7 @@ def adapted(kind: type[Scaled]) -> Any:
     torch.manual_seed(0)
     config = vera_fx.VeraConfig(r=3, target_modules=["lin"], d_initial=0.5)
     model: Any = vera_fx.adapt(kind(), config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "vera_lambda" in name:
-                parameter.normal_()
+    fill_vectors(model)
     return model
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import vera_fx
+from tests.helpers import fill_vectors, vectors_of
 from vera_fx._torch import is_transformed
 
 
@@ -44,15 +45,13 @@ def pair(other: type[Rows]) -> tuple[nn.Module, nn.Module]:
     twin = other()
     twin.load_state_dict(plain.state_dict())
     twin = vera_fx.adapt(twin, config)
-    with torch.no_grad():
-        for one, two in zip(trained(adapted), trained(twin), strict=True):
-            one.normal_()
-            two.copy_(one)
+    fill_vectors(adapted)
+    fill_vectors(twin)
     return adapted, twin
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
-    return [p for n, p in model.named_parameters() if "vera_lambda" in n]
+    return list(vectors_of(model).values())
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])

@@ -9,27 +9,18 @@ import torch
 from transformers import (
     HubertConfig,
     HubertForSequenceClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
 )
 
 import vera_fx
+from tests import models
+from tests.helpers import fill_vectors
 from vera_fx.base.hf import recorded_by, recording
 from vera_fx.graphs.runtime import runtime_of
 
 
 def llama() -> tuple[Any, dict[str, Any]]:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=99,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    ids = torch.randint(3, 99, (2, 7))
-    return LlamaForCausalLM(config).eval(), {"input_ids": ids, "labels": ids}
+    return models.llama().eval(), models.text_inputs()
 
 
 def hubert() -> tuple[Any, dict[str, Any]]:
@@ -54,11 +45,7 @@ def hubert() -> tuple[Any, dict[str, Any]]:
 
 def adapted(base: Any) -> Any:
     model: Any = vera_fx.adapt(base, vera_fx.VeraConfig(r=3, target_modules=["q_proj", "v_proj"]))
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "vera_lambda" in name:
-                parameter.normal_(std=0.5)
+    fill_vectors(model)
     return model
 
 

@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import vera_fx
+from tests.helpers import fill_vectors
+from tests.models import llama
 
 pytest.importorskip("bitsandbytes")
 
@@ -18,21 +19,10 @@ IDS = torch.arange(9)[None] * 7 % 64
 @pytest.fixture
 def model() -> Any:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    base = quantise(LlamaForCausalLM(config).to(torch.bfloat16).eval(), "nf4").to("cpu")
+    base = quantise(llama().to(torch.bfloat16).eval(), "nf4").to("cpu")
     sites = vera_fx.VeraConfig(r=8, target_modules=["q_proj", "v_proj"], d_initial=0.5)
     adapted: Any = vera_fx.adapt(base, sites)
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "vera_lambda" in name:
-                parameter.normal_(std=0.3)
+    fill_vectors(adapted)
     return adapted
 
 

@@ -26,7 +26,7 @@ def roberta(folder: Path) -> Path:
         pad_token_id=0,
         **sizes,
     )
-    return tiny._saved(RobertaModel(config), folder, tiny.tokenizer(adds=True))
+    return tiny.saved(RobertaModel(config), folder, tiny.tokenizer(adds=True))
 
 
 def gpt2(folder: Path) -> Path:
@@ -40,7 +40,7 @@ def gpt2(folder: Path) -> Path:
         bos_token_id=1,
         eos_token_id=2,
     )
-    return tiny._saved(GPT2LMHeadModel(config), folder, tiny.tokenizer())
+    return tiny.saved(GPT2LMHeadModel(config), folder, tiny.tokenizer())
 
 
 def run(*words: Any) -> Any:

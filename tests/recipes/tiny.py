@@ -55,7 +55,7 @@ def bert(folder: Path, *, dropout: float = 0.0, layers: int = 2) -> Path:
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=dropout,
     )
-    return _saved(BertModel(config), folder, tokenizer(adds=True))
+    return saved(BertModel(config), folder, tokenizer(adds=True))
 
 
 def llama(folder: Path) -> Path:
@@ -75,7 +75,7 @@ def llama(folder: Path) -> Path:
     )
     model = LlamaForCausalLM(config)
     model.lm_head.weight.data *= 20  # it stays frozen, and is to be able to say something
-    return _saved(model, folder, tokenizer())
+    return saved(model, folder, tokenizer())
 
 
 def vit(folder: Path) -> Path:
@@ -109,7 +109,7 @@ def vit(folder: Path) -> Path:
     return folder
 
 
-def _saved(model: Any, folder: Path, tokens: PreTrainedTokenizerFast) -> Path:
+def saved(model: Any, folder: Path, tokens: PreTrainedTokenizerFast) -> Path:
     model.save_pretrained(folder)
     tokens.save_pretrained(folder)
     return folder

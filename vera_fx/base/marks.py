@@ -8,12 +8,14 @@ everywhere else the objects are asked one by one.
 """
 
 import sys
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
 from vera_fx._torch import DictMarks
+
+_T = TypeVar("_T")
 
 _WORD = 8
 _ATTRIBUTES, _CLASS, _SIZE, _VERSION = -3 * _WORD, 1 * _WORD, 2 * _WORD, 3 * _WORD
@@ -78,33 +80,38 @@ class Marks:
     ) -> None:
         dicts, empties, objects, owners = list(dicts), list(empties), list(objects), list(owners)
         self._words: Words | None = None
-        self._types = list(map(type, objects))  # held, so that no other class gets the address
         if READABLE:
-            sized = [held for held in empties if isinstance(held, dict | list)]
+            sized, empties = _parted(empties, lambda held: isinstance(held, dict | list))
+            managed, owners = _parted(owners, lambda pair: type(pair[0]).__flags__ & _MANAGED)
             addresses = [id(held) + _VERSION for held in dicts]
             addresses += [id(held) + _SIZE for held in sized]
             addresses += [id(held) + _CLASS for held in objects]
-            managed = [pair for pair in owners if type(pair[0]).__flags__ & _MANAGED]
             addresses += [id(owner) + _ATTRIBUTES for owner, _ in managed]
-            self._words = Words((dicts, sized, objects, managed), addresses) if addresses else None
-            empties = [held for held in empties if not isinstance(held, dict | list)]
-            owners = [pair for pair in owners if not type(pair[0]).__flags__ & _MANAGED]
+            # The classes as well, so that no other gets the address of one.
+            held = dicts, sized, objects, list(map(type, objects)), managed
+            self._words = Words(held, addresses) if addresses else None
             dicts = objects = []
-        self._dicts, self._empties, self._objects = DictMarks(dicts), empties, objects
-        self._owners = owners
+        self._dicts, self._empties, self._owners = DictMarks(dicts), empties, owners
+        self._objects, self._types = objects, list(map(type, objects))
 
     def hold(self) -> bool:
         """True while nothing of that happened."""
-        fast = self._words is None or self._words.hold()
-        return fast and not any(self._empties) and self._others_hold()
+        if self._words is not None and not self._words.hold():
+            return False
+        return (
+            self._dicts.hold()
+            and not any(self._empties)
+            and list(map(type, self._objects)) == self._types
+            and all(_attributes(owner) is held for owner, held in self._owners)
+        )
 
-    def _others_hold(self) -> bool:
-        """What no words tell of."""
-        if self._words is None and not self._dicts.hold():
-            return False
-        if self._objects and list(map(type, self._objects)) != self._types:
-            return False
-        return all(_attributes(owner) is held for owner, held in self._owners)
+
+def _parted(values: Iterable[_T], has_words: Callable[[_T], Any]) -> tuple[list[_T], list[_T]]:
+    """The values that words tell of, and the others."""
+    found: tuple[list[_T], list[_T]] = [], []
+    for value in values:
+        found[not has_words(value)].append(value)
+    return found
 
 
 def _attributes(owner: Any) -> Any:
