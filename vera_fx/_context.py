@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from vera_fx._torch import skip_frame
-from vera_fx._torch_graphs import dynamic_source
+from vera_fx._torch_graphs import at_end_of, dynamic_source
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -208,7 +208,7 @@ def open_dimensions(owner: object, sources: Iterable[tuple[str, int]]) -> None:
         known.update(entries)
         _count_open(entries, 1)
     if entries:
-        weakref.finalize(owner, _close_dimensions, entries).atexit = False
+        at_end_of(owner, _close_dimensions, entries)
 
 
 def _close_dimensions(entries: tuple[str, ...]) -> None:

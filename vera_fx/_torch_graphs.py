@@ -13,6 +13,8 @@ from torch import nn
 from torch._dynamo.variables.builder import is_dynamic_source
 from torch.fx import Graph, GraphModule, graph_module
 
+from vera_fx._torch import skip_frame, start_compiling, stop_compiling
+
 SOURCES = (graph_module, "_exec_with_source")
 """The function by which torch makes a function of a graph's printed code, and keeps that code for good."""
 
@@ -39,6 +41,28 @@ class Unmarked(nn.Module):
     def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.Tensor]]:
         """As ``nn.Module`` has it."""
         return super().named_buffers(*args, **kwargs)
+
+
+def at_end_of(owner: object, function: Callable[..., None], *args: Any) -> None:
+    """Call a function once ``owner`` is gone.
+
+    In plain Python: Python may find that out in the midst of a compiled call, where Dynamo would compile
+    ``weakref.finalize`` itself, with guards on every other one there is (minutes, gigabytes), and after
+    eight times run nothing but what it has already compiled for what is called from there.
+    """
+    weakref.finalize(owner, _in_python, function, args).atexit = False
+
+
+@skip_frame
+def _in_python(function: Callable[..., None], args: tuple[Any, ...]) -> None:
+    compiler = stop_compiling()
+    try:
+        function(*args)
+    finally:
+        start_compiling(compiler)
+
+
+skip_frame(weakref.finalize.__call__)
 
 
 class LiveGraph(Unmarked, GraphModule):
@@ -84,8 +108,7 @@ def ending_sources(run: Callable[..., None], wanted: Callable[[], Any]) -> Calla
 
 def _source_ends_with(function: Any) -> None:
     if isinstance(function, FunctionType) and function.__code__.co_filename.startswith(_PRINTED):
-        code = function.__code__
-        weakref.finalize(code, _forget, code.co_filename).atexit = False
+        at_end_of(function.__code__, _forget, function.__code__.co_filename)
 
 
 def _forget(name: str) -> None:
