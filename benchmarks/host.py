@@ -32,7 +32,7 @@ KEPT = " kept"
 FORMS = {"": None, " outlined": "4", KEPT: None}
 """What follows a method's name, and the knob that forces it: ``auto outlined`` is what was before.
 
-What is kept finds its capture in a folder (`vera_fx.capture_cache`), which a warm first step shows."""
+What is kept finds its capture in a folder (`vera_fx.capture_cache`): another first step, the same steps."""
 
 
 def roberta(layers: int) -> nn.Module:
@@ -148,16 +148,12 @@ def show(layers: int, found: dict[str, float], starts: dict[str, tuple[float, fl
     columns = ("", "ms", "/ peft", "beyond the floor / peft's", "ms a layer", "first step s")
     table = Table(*columns, title=f"{layers} tiny layers", title_justify="left")
     base, peft = found["floor"], found["peft"]
-    for name, ms in found.items():
-        cold = starts.get(name)
-        table.add_row(
-            name,
-            f"{ms:.2f}",
-            f"{ms / peft:.2f}",
-            f"{(ms - base) / (peft - base):.2f}" if name != "floor" else "",
-            f"{ms / layers:.2f}",
-            "" if cold is None else f"{cold[0]:.1f}, {cold[1]:.1f}",
-        )
+    for name in dict.fromkeys((*found, *starts)):
+        cold, cells = starts.get(name), [""] * 4
+        if (ms := found.get(name)) is not None:
+            beyond = f"{(ms - base) / (peft - base):.2f}" if name != "floor" else ""
+            cells = [f"{ms:.2f}", f"{ms / peft:.2f}", beyond, f"{ms / layers:.2f}"]
+        table.add_row(name, *cells, "" if cold is None else f"{cold[0]:.1f}, {cold[1]:.1f}")
     console.print(table)
 
 
@@ -174,7 +170,7 @@ def main(
     chosen = names.split(",") if names else list(methods())
     results: list[dict[str, Any]] = []
     for count in layers:
-        found = steps(count, chosen, rounds, device)
+        found = steps(count, [n for n in chosen if not n.endswith(KEPT)], rounds, device)
         starts = first_steps(count, chosen) if first else {}
         show(count, found, starts)
         results.append({"layers": count, "milliseconds": found, "first": starts})
