@@ -4,6 +4,7 @@ import copy
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -13,7 +14,7 @@ from transformers import (
 
 import vera_fx
 from tests import models
-from tests.helpers import fill_vectors
+from tests.helpers import assert_close, fill_vectors, peft_pair
 from vera_fx.base.hf import recorded_by, recording
 from vera_fx.graphs.runtime import runtime_of
 
@@ -38,6 +39,11 @@ def hubert() -> tuple[Any, dict[str, Any]]:
         num_conv_pos_embedding_groups=4,
         classifier_proj_size=16,
         layerdrop=0.0,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        activation_dropout=0.0,
+        feat_proj_dropout=0.0,
+        use_weighted_layer_sum=True,
     )
     batch = {"input_values": torch.randn(2, 4000), "labels": torch.tensor([0, 1])}
     return HubertForSequenceClassification(config).eval(), batch
@@ -84,6 +90,18 @@ def test_layers_of_a_model_that_notes_their_outputs_are_captured() -> None:
     assert layers <= {
         path for path, entry in runtime_of(model).entries.items() if entry.kept.captures
     }
+
+
+@pytest.mark.filterwarnings("ignore::vera_fx.PartialCaptureWarning")
+def test_what_is_noted_is_what_pefts_model_notes() -> None:
+    """The weighted sum of all hidden states: without the hooks there would be none to sum."""
+    base, batch = hubert()
+    theirs, ours = peft_pair(base, target_modules=["q_proj", "v_proj"], plan="factored")
+    found: list[Any] = []
+    for model in (theirs.train(), ours.train()):
+        np.random.seed(5)  # masks
+        found.append(model(**batch).logits)
+    assert_close(found[1], found[0])
 
 
 def test_nothing_is_noted_outside_of_a_call() -> None:
